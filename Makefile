@@ -1,0 +1,57 @@
+# make setup | demo | test | test-slow | lab | export | clean.   Options: PYTHON=python3.12  ARGS="--seed 1"
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.dera-installed
+THREADS ?= 2
+unexport MPLBACKEND
+
+.PHONY: setup demo test test-slow test-tree test-notebooks test-pytest lab export clean
+.DEFAULT_GOAL := setup
+
+setup: $(STAMP)
+
+# Runs again only when what it installs has changed, and picks up where an interrupted installation stopped.
+$(STAMP): setup.py settings.ini constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit("dera needs Python 3.10 or newer and $(PYTHON) is %d.%d; name a newer one: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12" % v[:2] if v < (3, 10) else 0)'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "making .venv; torch and the rest are several GB, so the first time takes minutes"; $(PYTHON) -m venv --clear .venv; }
+	@$(BIN)/python -m pip install -q --disable-pip-version-check 'setuptools>=77' wheel
+	@set -o pipefail; PYTHONWARNINGS=ignore $(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[dev]' -c constraints.txt | { grep -vE '^(Requirement already satisfied|  )' || true; }
+	@touch $@; echo "installed in .venv"
+
+demo: setup
+	$(BIN)/dera demo $(ARGS)
+
+# Every part runs even if an earlier one fails; each prints its time; the exit code tells whether all passed.
+test: setup
+	@$(MAKE) --no-print-directory -k -j1 test-tree test-notebooks test-pytest
+
+timed = start=$$SECONDS; $(2); code=$$?; echo "== $(1): $$((SECONDS - start)) s, $$([ $$code = 0 ] && echo passed || echo FAILED)"; exit $$code
+
+test-tree: setup
+	@$(call timed,the committed tree is what the notebooks export,$(BIN)/python tests/check_tree.py)
+
+test-notebooks: setup
+	@$(call timed,notebooks,OMP_NUM_THREADS=$(THREADS) $(BIN)/nbdev_test --n_workers 1 --do_print --timing $(NBFLAGS))
+	@$(if $(findstring slow,$(NBFLAGS)),,grep -lE '"#\| *(slow|gpu)' nbs/*.ipynb | sed 's/^/cells flagged slow or gpu were left out of /' || true)
+
+test-pytest: setup
+	@$(call timed,pytest,OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -rs --durations=10 tests $(ARGS))
+
+# The same notebooks with the cells flagged slow, which `make test` leaves out.
+test-slow: setup
+	@$(MAKE) --no-print-directory test-notebooks NBFLAGS="--flags slow"
+
+lab: setup
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS) nbs/00_tour.ipynb
+
+# Notebooks -> dera/ and README.md; run it before a commit.
+export: setup
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tests/render_readme.py
+
+# Caches and build leftovers; .venv, runs/ and data/ stay.
+clean:
+	rm -rf build dist *.egg-info .pytest_cache nbs/.ipynb_checkpoints
+	find dera tests nbs -name __pycache__ -type d -prune -exec rm -rf {} +
