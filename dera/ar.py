@@ -46,6 +46,14 @@ class GeneratorConfig:
         if name not in _SIZES: raise InputError(f'unknown generator preset {name!r}; choose one of {", ".join(_SIZES)}')
         return cls(**{**_SIZES[name], **overrides})
 
+# %% ../nbs/11_ar_generation.ipynb #attend
+def _attend(q, k, v):
+    "Causal attention, or one query over all keys; no bfloat16 on the CPU."
+    causal = q.shape[2] > 1
+    if q.device.type != 'cpu' or q.dtype != torch.bfloat16: return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    with torch.autocast('cpu', enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal).bfloat16()
+
 # %% ../nbs/11_ar_generation.ipynb #attention
 class Attention(nn.Module):
     "Causal multi-head self-attention with an optional memory of keys and values."
@@ -64,9 +72,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache[0, :, :, start:start + l], cache[1, :, :, start:start + l] = k, v
             k, v = cache[:, :, :, :start + l]
-        if x.device.type == 'cpu': q, k, v = q.float(), k.float(), v.float()
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=l > 1)
-        return self.out(y.transpose(1, 2).reshape(b, l, d))
+        return self.out(_attend(q, k, v).transpose(1, 2).reshape(b, l, d))
 
 # %% ../nbs/11_ar_generation.ipynb #swiglu
 class SwiGLU(nn.Module):
@@ -152,7 +158,7 @@ def choose_tokens(logits:torch.Tensor, # (B, V)
 # %% ../nbs/11_ar_generation.ipynb #uniforms
 def _uniforms(seed, n, length):
     "One row of uniform numbers per sample, (n, length); sample i of seed s is sample 0 of seed s + i."
-    seeds = range(seed, seed + n) if isinstance(seed, int) else [int(s) for s in seed]
+    seeds = torch.as_tensor(seed); seeds = (seeds + torch.arange(n) if seeds.ndim == 0 else seeds).tolist()
     if len(seeds) != n: raise InputError(f'{len(seeds)} seeds for {n} samples; give one, or one per sample')
     return torch.stack([torch.rand(length, generator=torch.Generator().manual_seed(s)) for s in seeds])
 

@@ -41,6 +41,7 @@ def psnr(a:torch.Tensor, # (B, 3, T, H, W) in [0, 1]
     error = (a.detach().double() - b.detach().double()).pow(2).mean((1, 2, 3, 4))
     return -10*error.log10() if per_clip else -10*error.mean().log10().item()
 
+# %% ../nbs/13_evaluation.ipynb #baselines
 def baselines(video:torch.Tensor # (B, 3, T, H, W) in [0, 1]
              ) -> dict: # PSNR of two still pictures
     "What a still picture reaches: the first frame, and the temporal mean, which is the best one."
@@ -58,6 +59,7 @@ def ssim(a:torch.Tensor, # (B, 3, T, H, W) in [0, 1]
     frames = lambda clip: clip.detach().float().transpose(0, 1)
     return sum(score(frames(x), frames(y), data_range=1.).item() for x, y in zip(a, b))/len(a)
 
+# %% ../nbs/13_evaluation.ipynb #lpips
 _LPIPS = dict(alex='alexnet AlexNet', vgg='vgg16 VGG16', squeeze='squeezenet1_1 SqueezeNet1_1')
 
 def lpips(a:torch.Tensor, # (B, 3, T, H, W) in [0, 1]
@@ -112,7 +114,7 @@ class GaussianStats:
         if self.n < 2: raise InputError(f'{self.n} samples have no covariance; give at least 2')
         return self.mean, self.scatter/(self.n - 1)
 
-# %% ../nbs/13_evaluation.ipynb #frechet
+# %% ../nbs/13_evaluation.ipynb #root
 def _root(cov):
     "Symmetric square root of a covariance."
     if not torch.allclose(cov, cov.T, rtol=1e-6, atol=1e-9*float(cov.abs().max())): raise InputError('a covariance must be symmetric')
@@ -120,6 +122,7 @@ def _root(cov):
     if values[0] < -1e-6*values[-1].abs(): raise InputError(f'a covariance must have no negative eigenvalue, this has {values[0]:.3g}')
     return (vectors*values.clamp(min=0).sqrt())@vectors.T
 
+# %% ../nbs/13_evaluation.ipynb #frechet
 def frechet_distance(mu1:torch.Tensor, # (D,) mean
                      cov1:torch.Tensor, # (D, D) covariance
                      mu2:torch.Tensor, # (D,)
@@ -135,7 +138,7 @@ def frechet_distance(mu1:torch.Tensor, # (D,) mean
     trace_root = torch.linalg.svdvals(_root(cov1)@_root(cov2)).sum()
     return max(0., ((mu1 - mu2).pow(2).sum() + cov1.trace() + cov2.trace() - 2*trace_root).item())
 
-# %% ../nbs/13_evaluation.ipynb #fvd
+# %% ../nbs/13_evaluation.ipynb #frozen
 @contextmanager
 def _frozen(model):
     "No gradients, evaluation mode, and the mode restored."
@@ -146,6 +149,7 @@ def _frozen(model):
     finally:
         if training: model.train()
 
+# %% ../nbs/13_evaluation.ipynb #fvd
 class FrechetVideoDistance:
     "Frechet distance between real and fake videos in the features of an extractor."
     def __init__(self, extractor, # video -> (B, N, D) tokens, averaged over N, or (B, D)
@@ -261,7 +265,7 @@ def factor_accuracy(classifier:FactorClassifier, # trained
     label = label.cpu(); right = shape == label//len(MOTIONS), motion == label % len(MOTIONS)
     return {k: v.float().mean().item() for k, v in dict(shape=right[0], motion=right[1]).items()} | {'class': (right[0] & right[1]).float().mean().item()}
 
-# %% ../nbs/13_evaluation.ipynb #train
+# %% ../nbs/13_evaluation.ipynb #damage
 def _damage(video, generator):
     "Blur in space and in time and add noise, each by a random amount, clip by clip."
     amount = lambda: torch.rand(len(video), 1, 1, 1, 1, generator=generator)
@@ -270,6 +274,7 @@ def _damage(video, generator):
     video = torch.lerp(video, blur(video, (3, 1, 1)), .5*amount())
     return (video + .08*amount()*torch.randn(video.shape, generator=generator)).clamp(0, 1)
 
+# %% ../nbs/13_evaluation.ipynb #train
 def train_factor_classifier(steps:int=300, # of AdamW
                             seed:int=0, # weights, clips, damage
                             batch:int=64, # clips a step

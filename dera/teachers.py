@@ -15,7 +15,16 @@ from huggingface_hub import PyTorchModelHubMixin
 from tqdm.auto import tqdm
 from .pocket import BACKGROUNDS, LEVELS, MOTIONS, SHAPES, TEXTURES, Factors, _path, render, sample_factors
 from .query import Transformer, gaussian_positions, patchify
-from .utils import InputError, RunFolder, checkpoint_path, seed_everything, write_atomic
+from .utils import InputError, RunFolder, checkpoint_path, load_model, seed_everything
+
+# %% ../nbs/05_foundation_models.ipynb #stem
+class _Stem(nn.Sequential):
+    "Convolutions from 32 x 32 pixels to 4 x 4 tokens."
+    def __init__(self, dim):
+        conv = lambda i, o, stride: nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+        super().__init__(conv(3, 16, 1), conv(16, 32, 2), conv(32, 64, 1), conv(64, 96, 2), conv(96, 96, 1), nn.Conv2d(96, dim, 2, 2))
+
+    def forward(self, frames): return super().forward(frames).flatten(2).transpose(1, 2) # (B, 3, 32, 32) -> (B, 16, dim)
 
 # %% ../nbs/05_foundation_models.ipynb #teacher
 class PocketTeacher(nn.Module, PyTorchModelHubMixin, library_name='dera', license='apache-2.0'):
@@ -25,7 +34,7 @@ class PocketTeacher(nn.Module, PyTorchModelHubMixin, library_name='dera', licens
         self.modality, self.dim, self.name = modality, dim, f'pocket-{modality}'
         self.tubelet = 1 if modality == 'image' else 2
         self.grid = (1, 4, 4) if modality == 'image' else (4, 4, 4)
-        self.embed = nn.Linear(3*self.tubelet*64, dim)
+        self.embed = _Stem(dim) if modality == 'image' else nn.Linear(3*self.tubelet*64, dim)
         self.positions = nn.Parameter(gaussian_positions(self.grid, dim, torch.Generator().manual_seed(0)))
         self.transformer = Transformer(dim, depth, heads)
 
@@ -35,9 +44,11 @@ class PocketTeacher(nn.Module, PyTorchModelHubMixin, library_name='dera', licens
         b, _, t, h, w = video.shape
         if (h, w) != (32, 32) or (self.modality == 'video' and t != 8):
             raise InputError(f'{self.name} takes clips of 8 x 32 x 32 (image: any number of frames), got {t} x {h} x {w}')
-        x = patchify((video - .4)/.25, self.tubelet, 8)
-        if self.modality == 'image': x = x.view(b*t, 16, -1)
-        return self.transformer(self.embed(x) + self.positions).reshape(b, -1, self.dim)
+        return self.transformer(self._tokens((video - .4)/.25) + self.positions).reshape(b, -1, self.dim)
+
+    def _tokens(self, x):
+        "Embedded patches; an image teacher's batch is all frames."
+        return self.embed(x.transpose(1, 2).flatten(0, 1)) if self.modality == 'image' else self.embed(patchify(x, self.tubelet, 8))
 
     @property
     def fingerprint(self) -> str:
@@ -60,8 +71,9 @@ def _questions(f, modality, frame):
 
 _CLASSES = dict(shape=len(SHAPES), texture=len(TEXTURES), background=len(BACKGROUNDS), motion=len(MOTIONS))
 
-def _pool(features, times): # mean over places, one vector per time, joined
-    return features.unflatten(1, (times, -1)).mean(2).flatten(1)
+def _pool(features, times): # mean over places for each time, joined; of a single frame also the maximum
+    x = features.unflatten(1, (times, -1)); mean = x.mean(2).flatten(1)
+    return torch.cat([mean, x.amax((1, 2))], -1) if times == 1 else mean
 
 # %% ../nbs/05_foundation_models.ipynb #train
 @dataclass
@@ -71,7 +83,7 @@ class TeacherConfig:
     steps: int = 2000
     batch_size: int = 64
     clips: int = 12000      # rendered once, a third of each level
-    lr: float = 1e-3
+    lr: float = 2e-3
     seed: int = 0
 
 def _clips(n, seed):
@@ -95,10 +107,10 @@ def train_teacher(config:TeacherConfig, # what to train
     "Train a pocket teacher on factors of rendered clips."
     c, run = config, RunFolder(out, config)
     seed_everything(c.seed); video, factors = _clips(c.clips, seed=1000 + c.seed)
-    teacher = PocketTeacher(c.modality); times = teacher.grid[0]
+    teacher = PocketTeacher(c.modality); times = teacher.grid[0]; width = max(2, times)*teacher.dim
     classes, numbers = _batch(video, factors, torch.arange(8), c.modality)[1:]
-    heads = nn.ModuleDict({k: nn.Linear(times*teacher.dim, _CLASSES[k]) for k in classes})
-    number, redraw = nn.Linear(times*teacher.dim, numbers.shape[1]), nn.Linear(teacher.dim, 3*teacher.tubelet*64)
+    heads = nn.ModuleDict({k: nn.Linear(width, _CLASSES[k]) for k in classes})
+    number, redraw = nn.Linear(width, numbers.shape[1]), nn.Linear(teacher.dim, 3*teacher.tubelet*64)
     parameters = [*teacher.parameters(), *heads.parameters(), *number.parameters(), *redraw.parameters()]
     adam = torch.optim.AdamW(parameters, lr=c.lr, weight_decay=.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(adam, c.lr, total_steps=c.steps, pct_start=.05)
@@ -121,6 +133,5 @@ def load_teacher(name:str, # `pocket-image` or `pocket-video`
                 ) -> Teacher:
     "A frozen teacher in evaluation mode."
     if name not in ('pocket-image', 'pocket-video'): raise InputError(f'unknown teacher {name!r}; choose pocket-image or pocket-video')
-    if not pretrained: teacher = PocketTeacher(name.removeprefix('pocket-'))
-    else: teacher = PocketTeacher.from_pretrained(str(checkpoint_path(f'{name}-teacher')))
-    return teacher.float().eval().requires_grad_(False)
+    teacher = load_model(PocketTeacher, checkpoint_path(f'{name}-teacher')) if pretrained else PocketTeacher(name.removeprefix('pocket-')).eval()
+    return teacher.requires_grad_(False)

@@ -20,7 +20,7 @@ from .losses import ReconstructionLoss
 from .sacp import SoftConflict, sacp
 from .streams import DeRATokenizer, TokenizerConfig
 from .teachers import load_teacher
-from .utils import InputError, RunFolder, load_checkpoint, save_checkpoint, seed_everything, write_atomic
+from .utils import InputError, RunFolder, load_checkpoint, load_model, mixed_precision, save_checkpoint, seed_everything, write_atomic
 
 # %% ../nbs/10_tokenizer_training.ipynb #config
 @dataclass
@@ -39,14 +39,15 @@ class TokenizerTraining:
     image_teacher: str = 'pocket-image'
     video_teacher: str = 'pocket-video'
     projector_hidden: int = 256
+    reconstruction_weight: float = 10. # weight of L_0; 1 in the paper
     l2_weight: float = 4.           # not in the paper
-    perceptual_weight: float = .1   # distance in the video teacher's features
+    perceptual_weight: float = .05  # distance in the video teacher's features
     quantizer_weight: float = .1
     quantizer_start: int = 400      # steps with continuous latents
     init: str = ''                  # folder of a tokenizer to start from
     sampling: str = 'uniform'       # of `VideoClips`
     flip: bool = True               # mirror half of the clips
-    precision: str = 'no'           # `no` (float32), `bf16` or `fp16`
+    precision: str = 'auto'         # `no` (float32), `bf16`, `fp16`, or `auto`: bf16 where the hardware has it
     seed: int = 0
     log_every: int = 25
     save_every: int = 500
@@ -56,7 +57,6 @@ def _prepare(config, out):
     "Check a configuration against the data; returns dataset, tokenizer and run folder."
     c = config
     if c.surgery not in ('sacp', 'sum', 'soft'): raise InputError(f'unknown surgery {c.surgery!r}; choose sacp, sum or soft')
-    if c.init and not Path(c.init).is_dir(): raise InputError(f'no tokenizer folder at {c.init} (init)')
     tokenizer_config = TokenizerConfig.preset(c.preset, seed=c.seed)
     split = 'train' if (Path(c.data)/'ucfTrainTestlist').is_dir() else None
     dataset = VideoClips(c.data, tokenizer_config.num_frames, tokenizer_config.size, c.sampling, split=split, seed=c.seed,
@@ -64,7 +64,7 @@ def _prepare(config, out):
     if len(set(dataset.labels)) < 2: raise InputError(f'{c.data} has videos of only one class; put each class into a folder of its own')
     if c.batch_size > len(dataset): raise InputError(f'batch_size {c.batch_size} is larger than the {len(dataset)} training videos in {c.data}; lower it')
     run = RunFolder(out); run.check_writable()
-    tokenizer = DeRATokenizer.from_pretrained(c.init) if c.init else DeRATokenizer(tokenizer_config)
+    tokenizer = load_model(DeRATokenizer, c.init).train() if c.init else DeRATokenizer(tokenizer_config)
     return dataset, tokenizer, run
 
 def _optimizers(config, tokenizer, alignment):
@@ -136,7 +136,7 @@ def train_tokenizer(config:TokenizerTraining, # what to do
                    ) -> DeRATokenizer: # in evaluation mode, on the CPU
     "Train a DeRA tokenizer, or go on where the run folder's last checkpoint ends."
     c = config; seed_everything(c.seed); dataset, tokenizer, run = _prepare(c, out)
-    accelerator = Accelerator(mixed_precision=c.precision)
+    accelerator = Accelerator(mixed_precision=mixed_precision(c.precision))
     teachers = [load_teacher(n).to(accelerator.device) for n in (c.image_teacher, c.video_teacher)]
     alignment = Alignment(tokenizer.config.dim, *[t.dim for t in teachers], c.projector_hidden)
     reconstruction = ReconstructionLoss(teachers[1], c.perceptual_weight, c.l2_weight)
@@ -153,7 +153,7 @@ def train_tokenizer(config:TokenizerTraining, # what to do
             video, encoded = tokenizer(x, quantize)
             aligned, log = _align(c, encoded, alignment, teacher_features(*teachers, x, tokenizer.config.grid), tokenizer.encoder)
             L_rec, terms = reconstruction(video, x)
-            loss = L_rec + c.quantizer_weight*encoded.quantizer_loss + aligned
+            loss = c.reconstruction_weight*(L_rec + c.quantizer_weight*encoded.quantizer_loss) + aligned
         for o in optimizers: o.zero_grad()
         accelerator.backward(loss)
         for o in optimizers: o.step()

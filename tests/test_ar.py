@@ -1,0 +1,307 @@
+"The generator and its training, where it crosses notebooks, processes and libraries."
+import itertools, json, os, signal, subprocess, sys, time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np, pytest, torch, torch.nn as nn
+from dera.ar import Block, Generator, GeneratorConfig, choose_tokens
+from dera.train_ar import ARConfig, fingerprint, load_tokens, tokenize_dataset, train_from_videos, train_generator
+from dera.utils import InputError, RunFolder, load_checkpoint, save_checkpoint
+
+SMALL = dict(vocab_size=50, num_tokens=20, num_classes=7, dim=32, depth=2, heads=2)
+quiet = lambda it, **_: it
+
+
+def small(**changes):
+    "A generator whose logits are far from uniform."
+    torch.manual_seed(0); g = Generator(GeneratorConfig(**{**SMALL, **changes})).eval()
+    nn.init.normal_(g.head.weight, std=.8); nn.init.normal_(g.positions, std=.5); nn.init.normal_(g.tokens.weight, std=.5)
+    if not g.config.prefix_tokens: nn.init.normal_(g.classes.weight, std=.5)
+    return g
+
+
+@pytest.mark.parametrize('dim,heads,multiple', [(48, 3, 32), (64, 2, 256)])
+def test_block_equals_transformers_llama(dim, heads, multiple):
+    "Same weights, rotary positions switched off (cos 1, sin 0): same output."
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+    torch.manual_seed(0)
+    block = Block(GeneratorConfig(dim=dim, heads=heads, multiple=multiple)).eval()
+    for norm in (block.norm1, block.norm2): nn.init.normal_(norm.weight)
+    hidden = block.feed_forward.w2.in_features
+    config = LlamaConfig(hidden_size=dim, intermediate_size=hidden, num_attention_heads=heads, num_key_value_heads=heads,
+                         rms_norm_eps=1e-5, attn_implementation='eager')
+    llama = LlamaDecoderLayer(config, 0).eval()
+    q, k, v = block.attention.qkv.weight.chunk(3); gate, up = block.feed_forward.w13.weight.chunk(2)
+    llama.load_state_dict({'self_attn.q_proj.weight': q, 'self_attn.k_proj.weight': k, 'self_attn.v_proj.weight': v,
+                           'self_attn.o_proj.weight': block.attention.out.weight, 'mlp.gate_proj.weight': gate, 'mlp.up_proj.weight': up,
+                           'mlp.down_proj.weight': block.feed_forward.w2.weight, 'input_layernorm.weight': block.norm1.weight,
+                           'post_attention_layernorm.weight': block.norm2.weight})
+    x = torch.randn(2, 9, dim); mask = torch.full((9, 9), -torch.inf).triu(1)[None, None].expand(2, 1, 9, 9)
+    rotary = torch.ones(2, 9, dim//heads), torch.zeros(2, 9, dim//heads)
+    theirs = llama(x, attention_mask=mask, position_ids=torch.arange(9)[None], position_embeddings=rotary)
+    theirs = theirs[0] if isinstance(theirs, tuple) else theirs
+    assert torch.allclose(block(x), theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize('prefix', [0, 6])
+def test_later_tokens_never_change_earlier_logits(prefix):
+    g = small(prefix_tokens=prefix); y = torch.randint(50, (2, 20))
+    given = dict(prefix=torch.randint(50, (2, prefix))) if prefix else dict(labels=torch.tensor([1, 6]))
+    logits = g(y, **given)
+    for i in range(20):
+        other = y.clone(); other[:, i] = (other[:, i] + 1) % 50; changed = (g(other, **given) - logits).abs().amax((0, 2))
+        assert (changed[:i + 1] == 0).all() and (changed[i + 1:] > 0).all(), i
+
+
+@pytest.mark.parametrize('prefix,dtype', [(0, torch.float32), (6, torch.float32), (0, torch.float64)])
+def test_cache_equals_no_cache(prefix, dtype):
+    g = small(prefix_tokens=prefix).to(dtype); y = torch.randint(50, (3, 20))
+    given = dict(prefix=torch.randint(50, (3, prefix))) if prefix else dict(labels=torch.tensor([1, 6, 7])) # 7: no class
+    logits, cache, x, start = g(y, **given), g.new_cache(3).fill_(torch.nan), g.condition(**given), 0
+    for i in range(20):
+        assert torch.allclose(g.step(x, start, cache), logits[:, i], atol=1e-4), i
+        x, start = g.tokens(y[:, i:i + 1]), start + x.shape[1]
+
+
+@pytest.mark.parametrize('guidance', [1., 2.5])
+def test_greedy_equals_recomputing_everything(guidance):
+    g, labels = small(), torch.arange(7); none = torch.full_like(labels, 7); y = torch.zeros(7, 20, dtype=torch.long)
+    with torch.no_grad():
+        for i in range(20):
+            c, n = (g(y[:, :i + 1], l)[:, i] for l in (labels, none))
+            y[:, i] = (n + guidance*(c - n)).argmax(-1)
+    assert torch.equal(g.generate(labels, temperature=0, guidance=guidance), y)
+    assert len(y.unique(dim=0)) > 1                              # the class matters, or this test shows nothing
+
+
+@pytest.mark.parametrize('options', [{}, dict(guidance=2.), dict(temperature=.7, top_k=9), dict(top_p=.8, guidance=1.5)])
+def test_a_sample_depends_on_its_seed_alone(options):
+    g, labels = small(), torch.tensor([0, 3, 6, 3, 1, 2, 5]); every = g.generate(labels, seed=100, **options)
+    assert torch.equal(every, g.generate(labels, seed=100, **options))
+    for size in (1, 2, 3):
+        parts = [g.generate(labels[i:i + size], seed=100 + i, **options) for i in range(0, 7, size)]
+        assert torch.equal(torch.cat(parts), every)
+    order = torch.tensor([4, 0, 6, 2]); assert torch.equal(g.generate(labels[order], seed=(100 + order).tolist(), **options), every[order])
+    same = g.generate([3]*20, seed=0, **options); assert len(same.unique(dim=0)) > 10
+
+
+def test_samples_follow_the_model():
+    "Frequencies of the first two tokens over many seeds against exact probabilities."
+    g = small(vocab_size=4, num_tokens=2); n = 8000
+    y = g.generate([2]*n, temperature=.8, seed=0); label = torch.tensor([2]*4)
+    first = (g(torch.zeros(1, 1, dtype=torch.long), label[:1])[0, 0]/.8).softmax(-1)
+    pairs = torch.arange(4)[:, None].expand(4, 2); second = (g(pairs, label)[:, 1]/.8).softmax(-1)
+    expected = (first[:, None]*second).detach(); seen = torch.bincount(y[:, 0]*4 + y[:, 1], minlength=16).view(4, 4)/n
+    assert ((seen - expected)**2/expected).sum()*n < 37.7          # chi-square, 15 degrees of freedom, 0.1% point
+
+
+def test_no_probabilities_are_kept():
+    "A step keeps one token a sample: what generate returns shares no memory with a (B, L, V) tensor."
+    y = small().generate([1, 2]); assert y.shape == (2, 20) and y.dtype == torch.int64 and y.untyped_storage().nbytes() == 2*20*8
+
+
+def test_top_p_of_ties_and_extremes():
+    logits = torch.tensor([[0., 0., 0., 0.], [1e4, 0., 0., -1e4]]); u = torch.tensor([.99, .99])
+    assert choose_tokens(logits, u).tolist() == [3, 0] and choose_tokens(logits, u, top_p=1e-9).tolist() == [0, 0]
+    assert choose_tokens(logits, u, temperature=1e-3, top_k=100, top_p=.5).tolist() == [1, 0]
+
+
+def test_generates_under_autocast_and_leaves_training_mode():
+    g = small().train()
+    with torch.autocast('cpu', torch.bfloat16): y = g.generate([1, 2], guidance=2.)
+    assert g.training and y.max() < 50
+    with pytest.raises(InputError): g.generate([9])
+    assert g.training
+
+
+def test_save_load_and_refuse_missing_tensors(tmp_path):
+    from safetensors.torch import load_file, save_file
+    g = small(tokenizer='abc'); g.save_pretrained(tmp_path); back = Generator.from_pretrained(tmp_path)
+    assert back.config == g.config and not back.training and fingerprint(back) == fingerprint(g)
+    tensors = load_file(tmp_path/'model.safetensors'); del tensors['head.weight']; save_file(tensors, tmp_path/'model.safetensors')
+    with pytest.raises(RuntimeError, match='head.weight'): Generator.from_pretrained(tmp_path)
+
+
+# training
+
+class Codes(nn.Module):
+    "A stand-in tokenizer: 20 codes of 50."
+    def __init__(self): super().__init__(); self.register_buffer('scale', torch.tensor(50.)); self.calls = 0
+    def encode(self, video):
+        self.calls += 1
+        mean = video.mean(1)[:, :, ::4, :].flatten(1)[:, :20]
+        return type('Encoded', (), dict(indices=(mean*self.scale).long().clamp(max=49)))()
+
+
+class Noise(torch.utils.data.Dataset):
+    def __init__(self, n=40, stop=None): self.n, self.stop = n, stop
+    def __len__(self): return self.n
+    def __getitem__(self, i):
+        if i == self.stop: raise KeyboardInterrupt
+        return dict(video=torch.rand(3, 4, 8, 8, generator=torch.Generator().manual_seed(i)), label=i % 7)
+
+
+def config(**changes):
+    return ARConfig(**{**dict(generator=GeneratorConfig(**SMALL), steps=12, batch_size=8, lr=3e-3, warmup=3, held_out=.1, log_every=2,
+                                                                  val_every=4, save_every=4, precision='no'), **changes})
+
+
+def data(n=40):
+    "Learnable rows: token i is label + i, with a random start."
+    start, labels = np.random.default_rng(0).integers(0, 5, n), np.arange(n) % 7
+    return (labels[:, None] + start[:, None] + np.arange(20)) % 50, torch.from_numpy(labels)
+
+
+def numbers(run): return [{k: v for k, v in l.items() if k != 'tokens_per_second'} for l in RunFolder(run).history()]
+
+
+def test_interrupted_tokenising_leaves_nothing_usable(tmp_path):
+    path, codes = tmp_path/'tokens.npy', Codes()
+    tokenize_dataset(codes, Noise(), path, progress=quiet); old = np.load(path).copy(); calls = codes.calls
+    tokenize_dataset(codes, Noise(), path, progress=quiet); assert codes.calls == calls
+    with pytest.raises(KeyboardInterrupt): tokenize_dataset(codes, Noise(41, stop=38), path, progress=quiet)
+    with pytest.raises(InputError): load_tokens(path)
+    tokenize_dataset(codes, Noise(), path, progress=quiet); tokens, labels = load_tokens(path, fingerprint(codes))
+    assert np.array_equal(tokens, old) and labels[:, 0].tolist() == [i % 7 for i in range(40)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['tokens.json', 'tokens.npy']
+
+
+def test_token_file_is_redone_when_anything_changed(tmp_path):
+    path, codes = tmp_path/'tokens.npy', Codes(); tokenize_dataset(codes, Noise(), path, progress=quiet)
+    codes.scale += 1; tokenize_dataset(codes, Noise(), path, flips=False, progress=quiet)
+    tokens, _ = load_tokens(path, fingerprint(codes)); assert tokens.shape == (40, 1, 20)
+    with pytest.raises(InputError, match='another|not of'): load_tokens(path, fingerprint(Codes()))
+    with pytest.raises(InputError, match='no clips'): tokenize_dataset(codes, Noise(0), path, progress=quiet)
+
+
+def test_training_learns(tmp_path):
+    tokens, labels = data(200); c = config(steps=150, batch_size=16)
+    g = train_generator(c, tokens, labels, tmp_path/'run', quiet); log = RunFolder(tmp_path/'run').history()
+    assert abs(log[0]['loss'] - np.log(50)) < .2 and log[-1]['val_loss'] < .6 and not g.training
+    y = g.generate([3]*40, temperature=.5, seed=1); first = y[:, 0]
+    assert ((y[:, 1:] - y[:, :-1]) == 1).float().mean() > .9 and ((first >= 3) & (first < 8)).float().mean() > .9
+    assert ((first == 3) | (first == 7)).any()
+
+
+def test_frame_prediction_trains_on_its_prefix(tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 50, (300, 20)); tokens = np.concatenate([tokens[:, :4], np.repeat(tokens[:, :4], 5, 1)], 1)
+    c = config(steps=5, batch_size=16); c = replace(c, generator=replace(c.generator, prefix_tokens=4))
+    g = train_generator(c, tokens, torch.zeros(300, dtype=torch.long), tmp_path/'run', quiet)
+    assert g.generate(prefix=tokens[:3, :4]).shape == (3, 20)
+    with pytest.raises(InputError, match='do not fit'): train_generator(replace(c, generator=replace(c.generator, prefix_tokens=5)), tokens,
+                                                                        torch.zeros(300, dtype=torch.long), tmp_path/'other', quiet)
+
+
+def test_dropout_and_hidden_classes_follow_seed_and_step(tmp_path):
+    "Two runs in one process, the global generator in any state: the same losses; another seed: others."
+    tokens, labels = data(); runs = []
+    for i, seed in enumerate((0, 0, 1)):
+        torch.rand(i*17 + 1); train_generator(config(seed=seed), tokens, labels, tmp_path/str(i), quiet); runs.append(numbers(tmp_path/str(i)))
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_a_finished_run_is_loaded_and_a_foreign_one_refused(tmp_path):
+    tokens, labels = data(); g = train_generator(config(), tokens, labels, tmp_path, quiet); log = numbers(tmp_path)
+    again = train_generator(config(log_every=5), tokens, labels, tmp_path, quiet)
+    assert fingerprint(g) == fingerprint(again) and numbers(tmp_path) == log
+    kept = (tmp_path/'config.json').read_text()
+    with pytest.raises(InputError, match='other steps'): train_generator(config(steps=20), tokens, labels, tmp_path, quiet)
+    with pytest.raises(InputError, match='other tokens'): train_generator(config(), tokens, (labels + 1) % 7, tmp_path, quiet)
+    assert (tmp_path/'config.json').read_text() == kept
+    torch.save({}, tmp_path/'checkpoint.safetensors')
+    with pytest.raises(InputError, match='not a checkpoint'): train_generator(config(), tokens, labels, tmp_path, quiet)
+
+
+SCRIPT = '''
+import os, sys, time, torch; sys.path.insert(0, {tests!r}); import test_ar as t
+def slow(steps, **_):
+    for step in steps: time.sleep({pause}); yield step
+if __name__ == '__main__':
+    open({out!r} + '.rank' + os.environ.get('RANK', ''), 'w').close()
+    torch.set_num_threads(1); {first}; t.train_generator(t.config({options}), *t.data(), {out!r}, slow)
+'''
+
+
+def run_script(path, out, pause=0., options='', launch=(), first='pass'):
+    path.write_text(SCRIPT.format(tests=str(Path(__file__).parent), pause=pause, out=str(out), options=options, first=first))
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    return subprocess.Popen([sys.executable, *launch, str(path)], env=env, stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path):
+    "kill -9 in the middle, in another process; the rest of the run and its weights are the same to the last bit."
+    whole = run_script(tmp_path/'a.py', tmp_path/'whole'); assert whole.wait(120) == 0, whole.stderr.read()
+    process = run_script(tmp_path/'b.py', tmp_path/'parts', pause=.2); checkpoint = tmp_path/'parts'/'checkpoint.safetensors'
+    for _ in range(1200):
+        if checkpoint.exists(): break
+        time.sleep(.1)
+    os.kill(process.pid, signal.SIGKILL); process.wait()
+    assert 0 < load_checkpoint(checkpoint)['step'] < 12 and not (tmp_path/'parts'/'generator').exists()
+    rest = run_script(tmp_path/'c.py', tmp_path/'parts'); assert rest.wait(120) == 0, rest.stderr.read()
+    assert numbers(tmp_path/'whole') == numbers(tmp_path/'parts')
+    assert (tmp_path/'whole'/'generator'/'model.safetensors').read_bytes() == (tmp_path/'parts'/'generator'/'model.safetensors').read_bytes()
+
+
+def test_two_processes_equal_one(tmp_path):
+    "Without dropout, two processes that halve every batch make the same run."
+    options = 'generator=t.GeneratorConfig(**{**t.SMALL, "dropout": 0., "class_dropout": 0.})'
+    launch = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2')
+    for name, how in (('one', ()), ('two', launch)):
+        process = run_script(tmp_path/f'{name}.py', tmp_path/name, options=options, launch=how)
+        assert process.wait(300) == 0, process.stderr.read()
+    one, two = numbers(tmp_path/'one'), numbers(tmp_path/'two')
+    assert [l['step'] for l in one] == [l['step'] for l in two]
+    for a, b in zip(one, two):
+        assert all(abs(a[k] - b[k]) < 1e-4 for k in a), (a, b)
+    assert (tmp_path/'two.rank1').exists() and not (tmp_path/'one.rank1').exists()
+
+
+def test_an_earlier_accelerator_does_not_decide_the_precision(tmp_path):
+    "accelerate's state is one for the whole process; a tokenizer trained before in bf16 must not leak into float32 training."
+    for name, first in (('alone', 'pass'), ('after', 'import accelerate; accelerate.Accelerator(mixed_precision="bf16")')):
+        process = run_script(tmp_path/f'{name}.py', tmp_path/name, first=first); assert process.wait(120) == 0, process.stderr.read()
+    assert numbers(tmp_path/'alone') == numbers(tmp_path/'after')
+
+
+# the command
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    "A folder of videos and an untrained tokenizer."
+    from dera.pocket import write_dataset
+    from dera.query import TokenizerConfig
+    from dera.streams import DeRATokenizer
+    root = tmp_path_factory.mktemp('world'); write_dataset(root/'videos', 30, seed=0, num_frames=8, size=32)
+    DeRATokenizer(TokenizerConfig.preset('tiny')).save_pretrained(root/'tokenizer'); return root
+
+
+def command(*options):
+    return subprocess.run([sys.executable, '-m', 'dera.train_ar', *map(str, options)], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''})
+
+
+def test_command_trains_and_continues(world):
+    options = ['--preset', 'tiny', '--tokenizer', world/'tokenizer', '--data', world/'videos', '--out', world/'run', '--steps', 2,
+               '--batch-size', 8, '--generator.depth', 1, '--held-out', .1]
+    for _ in range(2):
+        done = command(*options); assert done.returncode == 0, done.stderr
+    assert 'training the generator' in done.stderr and len(numbers(world/'run')) == 1
+    settings = json.loads((world/'run'/'config.json').read_text()); g = Generator.from_pretrained(world/'run'/'generator')
+    assert settings['generator']['depth'] == 1 and settings['steps'] == 2 and g.config.tokenizer == settings['generator']['tokenizer'] != ''
+
+
+def test_bad_input_is_one_line_and_exit_code_2(world, tmp_path):
+    good = dict(tokenizer=world/'tokenizer', data=world/'videos', out=tmp_path/'run', batch_size=8); (tmp_path/'file').write_text('')
+    for wrong, word in ((dict(preset='huge'), 'preset'), (dict(tokenizer=tmp_path/'none'), 'tokenizer'), (dict(data=tmp_path/'none'), 'folder'),
+                        (dict(batch_size=5000), 'batch'), (dict(out=tmp_path/'file'/'run'), 'file'), (dict(precision='fp8'), 'precision')):
+        done = command(*itertools.chain(*((f'--{k.replace("_", "-")}', v) for k, v in {**good, **wrong}.items())))
+        lines = done.stderr.strip().splitlines()
+        assert done.returncode == 2 and lines[-1].startswith('error: ') and word in lines[-1] and 'Traceback' not in done.stderr, (wrong, done.stderr)
+        assert not (tmp_path/'run').exists(), wrong               # refused before anything was written
+
+
+def test_help_explains_every_field():
+    done = command('--help'); text = ' '.join(done.stdout.split())
+    assert done.returncode == 0
+    for words in ('folder of a saved tokenizer', 'optimiser steps', 'highest learning rate', 'attention heads', 'known frames'): assert words in text, words

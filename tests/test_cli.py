@@ -1,0 +1,63 @@
+"The command line as a person meets it: help, one line for every mistake, nothing half-written."
+import subprocess, sys
+
+import pytest
+from dera.pocket import render, sample_factors, write_dataset, write_video
+
+def dera(*words):
+    return subprocess.run([sys.executable, '-c', 'from dera.cli import main; main()', *map(str, words)], capture_output=True, text=True, timeout=300)
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp('data'); write_dataset(root, 60, seed=1); return root
+
+def refused(result, *words):
+    assert result.returncode == 2, result.stderr
+    assert 'Traceback' not in result.stderr
+    lines = [l for l in result.stderr.splitlines() if l.startswith('dera: ')]
+    assert len(lines) == 1 and all(w in lines[0] for w in words), result.stderr
+
+@pytest.mark.parametrize('command', 'demo train-tokenizer train-ar reconstruct generate evaluate train-teachers'.split())
+def test_help(command):
+    result = dera(command, '--help'); assert result.returncode == 0 and '--out' in result.stdout, result.stderr
+
+def test_top_level():
+    assert dera('--help').returncode == 0 and 'reconstruct' in dera('--help').stdout and dera('paint').returncode == 2
+
+def test_reconstruct(tmp_path):
+    write_video(tmp_path/'ä clip.mp4', render(sample_factors(1, seed=3), 5, 64)[0])
+    result = dera('reconstruct', tmp_path/'ä clip.mp4', '--out', tmp_path/'out')
+    assert result.returncode == 0, result.stderr
+    assert 'has 5 frames; the last one is repeated to 8' in result.stdout and 'PSNR' in result.stdout
+    assert [p.name for p in (tmp_path/'out').iterdir()] == ['ä clip_reconstructed.mp4']
+
+def test_reconstruct_mistakes(tmp_path):
+    (tmp_path/'text.mp4').write_text('hello'); (tmp_path/'empty.mp4').touch(); out = tmp_path/'out'
+    for name, word in ('missing.mp4', 'missing.mp4'), ('text.mp4', 'text.mp4'), ('empty.mp4', 'empty'), ('', str(tmp_path)):
+        refused(dera('reconstruct', tmp_path/name, '--out', out), word)
+    refused(dera('reconstruct', tmp_path/'text.mp4', '--tokenizer', tmp_path), 'no DeRATokenizer')
+    assert not out.exists()
+
+def test_training_mistakes(data, tmp_path):
+    out, one = tmp_path/'out', tmp_path/'one'; (tmp_path/'none').mkdir(); one.mkdir()
+    for i in range(3): write_video(one/f'{i}.mp4', render(sample_factors(1, seed=i), 8, 32)[0])
+    train = lambda *words: dera('train-tokenizer', '--out', out, *words)
+    refused(train('--data', tmp_path/'none'), 'none'); refused(train('--data', one), 'one class')
+    refused(train('--data', data, '--preset', 'huge'), 'huge', 'tiny'); refused(train('--data', data, '--batch-size', 500), '500', '48')
+    refused(train(), '--data'); assert not (out/'config.json').exists()
+
+def test_unwritable_run_folder(data, tmp_path):
+    (tmp_path/'file').write_text('')                                             # also stops root, whom permissions do not
+    refused(dera('train-tokenizer', '--data', data, '--out', tmp_path/'file'/'run'), 'cannot write', '--out')
+    refused(dera('demo', '--out', tmp_path/'file'/'run'), 'cannot write', '--out')
+
+def test_train_then_evaluate_then_generate(data, tmp_path):
+    run = tmp_path/'run'
+    result = dera('train-tokenizer', '--data', data, '--out', run/'tokenizer', '--steps', 3, '--quantizer-start', 1); assert result.returncode == 0, result.stderr
+    result = dera("evaluate", "--data", data, "--tokenizer", run/"tokenizer"/"tokenizer", "--out", tmp_path/"e.json")
+    assert result.returncode == 0 and 'psnr' in result.stdout, result.stderr
+    result = dera('train-ar', '--data', data, '--tokenizer', run/'tokenizer'/'tokenizer', '--out', run/'generator', '--steps', 2, '--batch-size', 8)
+    assert result.returncode == 0, result.stderr
+    result = dera('generate', '--run', run, '--classes', 'StarCircle', '7', '--count', 1, '--out', tmp_path/'clips')
+    assert result.returncode == 0 and (tmp_path/'clips'/'StarCircle_0.mp4').exists(), result.stderr
+    refused(dera('generate', '--run', run, '--classes', 'Elephant'), 'Elephant'); refused(dera('generate', '--run', tmp_path), 'no DeRATokenizer')
