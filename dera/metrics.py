@@ -13,11 +13,9 @@ from pathlib import Path
 
 import torch, torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
-from safetensors.torch import load_model
 from torch import nn
-import dera
 from .pocket import MOTIONS, SHAPES, render, sample_factors
-from .utils import InputError, RunFolder, write_atomic
+from .utils import InputError, RunFolder, checkpoint_path, load_model, write_atomic
 
 # %% ../nbs/13_evaluation.ipynb #check
 def _check(**videos): # name -> (B, 3, T, H, W) in [0, 1]
@@ -311,11 +309,4 @@ def train_factor_classifier(steps:int=300, # of AdamW
 def load_factor_classifier(path:str|Path|None=None # folder; default: the shipped one for 8 x 32 x 32
                           ) -> FactorClassifier: # in evaluation mode
     "Load a factor classifier."
-    path = Path(path or Path(dera.__file__).parent.parent/'data'/'checkpoints'/'pocket-classifier')
-    if not (path/'model.safetensors').exists():
-        raise InputError(f'no factor classifier in {path}; write one with dera.metrics.train_factor_classifier(out="{path}")')
-    try:
-        model = FactorClassifier(**json.loads((path/'config.json').read_text()))
-        load_model(model, path/'model.safetensors')
-    except Exception as e: raise InputError(f'{path} is not a factor classifier ({str(e).splitlines()[0]})') from None
-    return model.eval()
+    return load_model(FactorClassifier, path or checkpoint_path('pocket-classifier'))

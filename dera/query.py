@@ -54,6 +54,11 @@ def gaussian_positions(grid:tuple, # (time, height, width)
     return .5*(time + place).flatten(0, 1)
 
 # %% ../nbs/03_query_tokenization.ipynb #transformer
+def _attend(q, k, v):
+    "Fused attention; on a CPU in float32, since the bfloat16 kernel's backward pass is slow there."
+    if q.device.type != 'cpu': return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast('cpu', enabled=False): return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
+
 class Block(nn.Module):
     "Pre-norm self-attention and MLP."
     def __init__(self, dim, heads):
@@ -65,7 +70,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         q, k, v = rearrange(self.qkv(self.norm1(x)), 'b n (k h d) -> k b h n d', k=3, h=self.heads)
-        x = x + self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), 'b h n d -> b n (h d)'))
+        x = x + self.proj(rearrange(_attend(q, k, v), 'b h n d -> b n (h d)'))
         return x + self.mlp(self.norm2(x))
 
 class Transformer(nn.Module):

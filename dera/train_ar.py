@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from .ar import Generator, GeneratorConfig
-from .utils import InputError, RunFolder, load_checkpoint, save_checkpoint, write_atomic
+from .utils import InputError, RunFolder, load_checkpoint, save_checkpoint, use_bf16, write_atomic
 
 # %% ../nbs/12_ar_training.ipynb #fingerprint
 def fingerprint(model:torch.nn.Module) -> str: # 64 hexadecimal digits
@@ -189,13 +189,6 @@ def _held_out_loss(model, tokens, labels, rows, prefix, bf16, batch_size):
     total = sum(_loss(model, tokens, labels, part, prefix, bf16).item()*len(part) for part in rows.split(batch_size))
     model.train(); return total/len(rows)
 
-def _bf16(name):
-    "Whether a precision means bfloat16 here."
-    if name not in ('auto', 'no', 'bf16'): raise InputError(f'unknown precision {name!r}; choose auto, no or bf16')
-    if name != 'auto' or torch.cuda.is_available(): return name != 'no' and (name == 'bf16' or torch.cuda.is_bf16_supported())
-    has = getattr(torch.cpu, 'get_capabilities', dict)()
-    return bool(has.get('avx512_bf16') or has.get('amx_bf16'))
-
 # %% ../nbs/12_ar_training.ipynb #accelerator
 def _accelerator():
     "accelerate's devices and processes; told of a CPU, it also joins several processes there. Autocast is ours."
@@ -237,7 +230,7 @@ def train_generator(config:ARConfig,
                     progress=tqdm # a tqdm-like wrapper
                    ) -> Generator: # in evaluation mode, on the CPU
     "Train a generator; continues from the run folder's checkpoint if there is one."
-    c, run, accelerator, bf16 = config, RunFolder(out or config.out), _accelerator(), _bf16(config.precision)
+    c, run, accelerator, bf16 = config, RunFolder(out or config.out), _accelerator(), use_bf16(config.precision)
     n, rank, main, prefix = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process, c.generator.prefix_tokens
     if c.batch_size % n: raise InputError(f'a batch of {c.batch_size} does not divide among {n} processes; change batch_size')
     tokens, labels, train, held = _prepare(c, tokens, labels); identity = _identity(c, tokens, labels)
@@ -272,7 +265,7 @@ def train_from_videos(config:ARConfig,
     "Tokenise a folder of videos into the run folder and train a generator on them."
     from dera.data import VideoClips
     from dera.streams import DeRATokenizer
-    c = config; _bf16(c.precision)
+    c = config; use_bf16(c.precision)
     if not Path(c.tokenizer, 'config.json').is_file():
         raise InputError(f'no tokenizer in {c.tokenizer}; train one first, or name its folder with --tokenizer')
     tokenizer = DeRATokenizer.from_pretrained(c.tokenizer); t, key = tokenizer.config, fingerprint(tokenizer)

@@ -20,7 +20,7 @@ from .losses import ReconstructionLoss
 from .sacp import SoftConflict, sacp
 from .streams import DeRATokenizer, TokenizerConfig
 from .teachers import load_teacher
-from .utils import InputError, RunFolder, load_checkpoint, load_model, mixed_precision, save_checkpoint, seed_everything, write_atomic
+from .utils import InputError, RunFolder, load_checkpoint, load_model, save_checkpoint, seed_everything, use_bf16, write_atomic
 
 # %% ../nbs/10_tokenizer_training.ipynb #config
 @dataclass
@@ -47,7 +47,7 @@ class TokenizerTraining:
     init: str = ''                  # folder of a tokenizer to start from
     sampling: str = 'uniform'       # of `VideoClips`
     flip: bool = True               # mirror half of the clips
-    precision: str = 'auto'         # `no` (float32), `bf16`, `fp16`, or `auto`: bf16 where the hardware has it
+    precision: str = 'auto'         # `no` (float32), `bf16`, or `auto`: bf16 where the hardware has it
     seed: int = 0
     log_every: int = 25
     save_every: int = 500
@@ -132,11 +132,12 @@ def reconstruct_set(tokenizer, # a tokenizer
 # %% ../nbs/10_tokenizer_training.ipynb #train
 def train_tokenizer(config:TokenizerTraining, # what to do
                     out:str|Path, # run folder; the tokenizer lands in out/tokenizer
+                    tokenizer=None, # train this one instead of a new one
                     stop_after:int|None=None # leave after this many steps, to be resumed
                    ) -> DeRATokenizer: # in evaluation mode, on the CPU
     "Train a DeRA tokenizer, or go on where the run folder's last checkpoint ends."
-    c = config; seed_everything(c.seed); dataset, tokenizer, run = _prepare(c, out)
-    accelerator = Accelerator(mixed_precision=mixed_precision(c.precision))
+    c = config; seed_everything(c.seed); dataset, new, run = _prepare(c, out); tokenizer = tokenizer or new
+    accelerator, bf16 = Accelerator(cpu=not torch.accelerator.is_available()), use_bf16(c.precision)
     teachers = [load_teacher(n).to(accelerator.device) for n in (c.image_teacher, c.video_teacher)]
     alignment = Alignment(tokenizer.config.dim, *[t.dim for t in teachers], c.projector_hidden)
     reconstruction = ReconstructionLoss(teachers[1], c.perceptual_weight, c.l2_weight)
@@ -148,7 +149,7 @@ def train_tokenizer(config:TokenizerTraining, # what to do
         if step == min(c.steps, stop_after or c.steps): break
         x, quantize = batch['video'].to(accelerator.device), step >= c.quantizer_start or bool(c.init)
         for o, rate in zip(optimizers, rates): o.param_groups[0]['lr'] = rate*learning_rate(step, c.steps, c.warmup)
-        with accelerator.autocast():
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
             if step == c.quantizer_start and not c.init: tokenizer.quantizer.init_from(tokenizer.encode(x, quantize=False).latents)
             video, encoded = tokenizer(x, quantize)
             aligned, log = _align(c, encoded, alignment, teacher_features(*teachers, x, tokenizer.config.grid), tokenizer.encoder)
