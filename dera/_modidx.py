@@ -88,6 +88,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                            'dera.demo._names': ('one_command.html#_names', 'dera/demo.py'),
                            'dera.demo._open': ('one_command.html#_open', 'dera/demo.py'),
                            'dera.demo._report': ('one_command.html#_report', 'dera/demo.py'),
+                           'dera.demo._result': ('one_command.html#_result', 'dera/demo.py'),
                            'dera.demo._swaps': ('one_command.html#_swaps', 'dera/demo.py'),
                            'dera.demo._tables': ('one_command.html#_tables', 'dera/demo.py'),
                            'dera.demo._tiles': ('one_command.html#_tiles', 'dera/demo.py'),

@@ -168,6 +168,22 @@ def _report(demo, folder, tokenizer, m, test, test_labels, pictures, generated, 
         ('Appearance of A, motion of B', _swaps(tokenizer, test, test_labels)), ('Measured', _tables(m, origin)),
         ('Training', curves), ('Settings', settings)])
 
+# %% ../nbs/18_one_command.ipynb #result
+_QUOTED = {'psnr': 'PSNR, all tokens (dB)', 'psnr_without_motion': 'PSNR without motion tokens (dB)', 'psnr_without_appearance': 'PSNR without appearance tokens (dB)',
+           'psnr_temporal_mean': 'PSNR of the temporal mean (dB)', 'psnr_first_frame': 'PSNR of the first frame repeated (dB)', 'ssim': 'SSIM',
+           'code_usage': 'codes in use', 'code_perplexity': 'code perplexity', 'frechet[pocket-video] reconstructed': 'Fréchet distance in pocket-video features, reconstructed',
+           'frechet[pocket-video] generated': 'Fréchet distance in pocket-video features, generated', 'class recognised, real': 'class recognised, real clips',
+           'class recognised, reconstructed': 'class recognised, reconstructed clips', 'class recognised, generated': 'class recognised, generated clips',
+           'class recognised by chance': 'class recognised by chance'}
+
+def _result(demo, m, n_test, n_generated):
+    "What may be quoted, with everything needed to repeat it."
+    start = 'random weights' if demo.from_scratch else 'the shipped pocket-tokenizer-tiny'
+    protocol = (f'{n_test} held-out clips of the pocket world, level plain, 8 x 32 x 32, 8 frames uniform over 16; {n_generated} generated clips, '
+                f'guidance {demo.guidance}; tokenizer from {start}, generator from random weights; {demo.clips} clips written.')
+    return dict(preset='tiny', seed=demo.seed, steps=f'{demo.tokenizer_steps} tokenizer + {demo.generator_steps} generator', **environment(),
+                protocol=protocol, values={name: m[k] for k, name in _QUOTED.items()})
+
 # %% ../nbs/18_one_command.ipynb #run
 def _open(demo):
     "The run folder: new, continued, or refused because it holds another run."
@@ -186,10 +202,11 @@ def run_demo(demo:Demo) -> dict: # the metrics, also in metrics.json
     folder = _open(demo); tokenizer, generator = _train(demo, folder)
     generated, labels = _generated(demo, folder, tokenizer, generator)
     c = tokenizer.config; clips = VideoClips(folder/'data', c.num_frames, c.size, 'uniform', split='test')
-    items = [clips[i] for i in range(min(200, len(clips)))]
+    items = [clips[i] for i in tqdm(range(min(200, len(clips))), desc='reading held-out clips', unit='clip')]
     test, test_labels = torch.stack([i['video'] for i in items]), torch.tensor([i['label'] for i in items])
     metrics, pictures = measure(tokenizer, test, test_labels, generated, labels)
     write_atomic(folder/'metrics.json', json.dumps(metrics, indent=1))
+    write_atomic(folder/'result.json', json.dumps(_result(demo, metrics, len(test), len(generated)), indent=1))
     _report(demo, folder, tokenizer, metrics, test, test_labels, pictures, generated, labels)
     for i in range(0, len(generated), max(1, len(generated)//8)):
         write_video(folder/f'generated_{CLASSES[labels[i]]}.mp4', generated[i])

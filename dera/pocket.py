@@ -221,6 +221,8 @@ def held_out(factors:Factors, # n clips
     return factors.texture == TEXTURES.index('dots')
 
 # %% ../nbs/01_pocket_world.ipynb #write
+_X264 = {'preset': 'veryfast', 'threads': '1', 'x264-params': 'bframes=0:mbtree=0:rc-lookahead=0'}
+
 def write_video(path:Path, # where; the ending chooses the container
                 video:torch.Tensor, # (3, T, H, W) in [0, 1]; H and W even
                 fps:int=8, # frames per second
@@ -231,7 +233,7 @@ def write_video(path:Path, # where; the ending chooses the container
     path = Path(path); temporary = path.with_name(f'.{path.name}.part{path.suffix}')
     frames = (video.clamp(0, 1)*255).round().byte().permute(1, 2, 3, 0).cpu().numpy()
     with av.open(str(temporary), 'w') as file:
-        stream = file.add_stream('libx264', rate=Fraction(fps), options=dict(crf=str(crf), preset='veryfast', threads='1'))
+        stream = file.add_stream('libx264', rate=Fraction(fps), options=_X264 | dict(crf=str(crf)))
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], 'yuv420p'
         for frame in frames: file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
         file.mux(stream.encode())

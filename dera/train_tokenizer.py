@@ -60,7 +60,7 @@ def _prepare(config, out):
     tokenizer_config = TokenizerConfig.preset(c.preset, seed=c.seed)
     split = 'train' if (Path(c.data)/'ucfTrainTestlist').is_dir() else None
     dataset = VideoClips(c.data, tokenizer_config.num_frames, tokenizer_config.size, c.sampling, split=split, seed=c.seed,
-                         flip=c.flip, cache=True)
+                         flip=c.flip, cache=True, progress=tqdm)
     if len(set(dataset.labels)) < 2: raise InputError(f'{c.data} has videos of only one class; put each class into a folder of its own')
     if c.batch_size > len(dataset): raise InputError(f'batch_size {c.batch_size} is larger than the {len(dataset)} training videos in {c.data}; lower it')
     run = RunFolder(out); run.check_writable()
