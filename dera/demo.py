@@ -31,8 +31,8 @@ class Demo:
     "One run of the whole pipeline."
     out: str = 'runs/demo'       # run folder
     clips: int = 2000            # video files to write; every fifth is held out
-    tokenizer_steps: int = 200
-    generator_steps: int = 500
+    tokenizer_steps: int = 300
+    generator_steps: int = 1000
     per_class: int = 4           # clips to generate for each of the 112 classes
     guidance: float = 1.5        # of the generator
     from_scratch: bool = False   # do not start from the shipped tokenizer

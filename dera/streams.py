@@ -8,6 +8,8 @@ __all__ = ['DeRATokenizer', 'Encoded', 'TokenizerConfig', 'TokenizerOutput']
 # %% ../nbs/04_decoupled_streams.ipynb #imports
 import torch, torch.nn as nn
 from .query import Encoded, TokenizerConfig, TokenizerOutput, _Tokenizer, coarse_queries, patchify
+
+# %% ../nbs/04_decoupled_streams.ipynb #all
 _all_ = ['Encoded', 'TokenizerConfig', 'TokenizerOutput']
 
 # %% ../nbs/04_decoupled_streams.ipynb #streams

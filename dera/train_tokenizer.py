@@ -6,11 +6,11 @@
 __all__ = ['TokenizerTraining', 'learning_rate', 'reconstruct_set', 'train_tokenizer', 'main']
 
 # %% ../nbs/10_tokenizer_training.ipynb #imports
-import json, math, time
+import json, math, sys, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch, torch.nn.functional as F, tyro
+import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -105,7 +105,7 @@ def _batches(dataset, config, start):
         dataset.set_epoch(epoch); skip = max(0, start - epoch*per_epoch)
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed*1_000_003 + epoch))
         rows = order[:per_epoch*config.batch_size].view(per_epoch, -1)[skip:].tolist()
-        yield from DataLoader(dataset, batch_sampler=rows)
+        yield from DataLoader(dataset, batch_sampler=rows, generator=torch.Generator()) # its own, so as not to draw from ours
 
 # %% ../nbs/10_tokenizer_training.ipynb #losses
 def _align(config, encoded, alignment, targets, encoder):
@@ -171,10 +171,8 @@ def train_tokenizer(config:TokenizerTraining, # what to do
 
 # %% ../nbs/10_tokenizer_training.ipynb #main
 def main():
-    "Entry of `accelerate launch -m dera.train_tokenizer`."
-    from dera.cli import run_command, train_tokenizer_command
-    run_command(train_tokenizer_command)
+    "Entry of `accelerate launch -m dera.train_tokenizer`, the same as `dera train-tokenizer`."
+    from dera.cli import main as dera
+    dera(['train-tokenizer', *sys.argv[1:]])
 
-# %% ../nbs/10_tokenizer_training.ipynb #main-guard
-#| eval: false
-if __name__ == '__main__': main()
+if __name__ == '__main__' and '__file__' in globals(): main()
