@@ -58,6 +58,8 @@ def _prepare(config, out):
     c = config
     if c.surgery not in ('sacp', 'sum', 'soft'): raise InputError(f'unknown surgery {c.surgery!r}; choose sacp, sum or soft')
     tokenizer_config = TokenizerConfig.preset(c.preset, seed=c.seed)
+    if (tokenizer_config.num_frames, tokenizer_config.size) != (8, 32):
+        raise InputError(f'preset {c.preset!r} cannot be trained yet: the pocket teachers take clips of 8 x 32 x 32; use --preset tiny')
     split = 'train' if (Path(c.data)/'ucfTrainTestlist').is_dir() else None
     dataset = VideoClips(c.data, tokenizer_config.num_frames, tokenizer_config.size, c.sampling, split=split, seed=c.seed,
                          flip=c.flip, cache=True, progress=tqdm)
