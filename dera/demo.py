@@ -181,7 +181,9 @@ def _result(demo, m, n_test, n_generated):
     start = 'random weights' if demo.from_scratch else 'the shipped pocket-tokenizer-tiny'
     protocol = (f'{n_test} held-out clips of the pocket world, level plain, 8 x 32 x 32, 8 frames uniform over 16; {n_generated} generated clips, '
                 f'guidance {demo.guidance}; tokenizer from {start}, generator from random weights; {demo.clips} clips written.')
-    return dict(preset='tiny', seed=demo.seed, steps=f'{demo.tokenizer_steps} tokenizer + {demo.generator_steps} generator', **environment(),
+    command = (f'dera demo --seed {demo.seed} --clips {demo.clips} --tokenizer-steps {demo.tokenizer_steps} --generator-steps {demo.generator_steps}'
+               + ' --from-scratch'*demo.from_scratch)
+    return dict(command=command, preset='tiny', seed=demo.seed, steps=f'{demo.tokenizer_steps} tokenizer + {demo.generator_steps} generator', **environment(),
                 protocol=protocol, values={name: m[k] for k, name in _QUOTED.items()})
 
 # %% ../nbs/18_one_command.ipynb #run
