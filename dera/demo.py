@@ -14,16 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from . import report
-from .ar import Generator, GeneratorConfig
+from .ar import GeneratorConfig
 from .data import VideoClips
 from .metrics import FrechetVideoDistance, baselines, factor_accuracy, load_factor_classifier, psnr, ssim, token_swap
 from .pocket import CLASSES, write_dataset, write_video
 from .quantize import codebook_stats
-from .streams import DeRATokenizer
 from .teachers import load_teacher
 from .train_ar import ARConfig, fingerprint, load_tokens, mirror_labels, tokenize_dataset, train_generator
 from .train_tokenizer import TokenizerTraining, reconstruct_set, train_tokenizer
-from .utils import InputError, RunFolder, animation, checkpoint_path, environment, write_atomic
+from .utils import InputError, RunFolder, checkpoint_path, environment, write_atomic
 
 # %% ../nbs/18_one_command.ipynb #config
 @dataclass

@@ -7,8 +7,7 @@ __all__ = ['patchify', 'unpatchify', 'sincos_positions', 'gaussian_positions', '
            'Encoded', 'TokenizerOutput', 'GridTokenizer', 'coarse_queries', 'QueryTokenizer']
 
 # %% ../nbs/03_query_tokenization.ipynb #imports
-import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch, torch.nn as nn, torch.nn.functional as F

@@ -7,7 +7,7 @@ __all__ = ['InputError', 'seed_everything', 'use_bf16', 'grid_frames', 'animatio
            'RunFolder', 'save_checkpoint', 'load_checkpoint', 'checkpoint_path', 'load_model']
 
 # %% ../nbs/16_utils.ipynb #imports
-import contextlib, io, json, math, os, platform, random, subprocess, sys, time
+import contextlib, io, json, math, os, platform, random, subprocess
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
