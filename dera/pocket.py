@@ -10,6 +10,9 @@ __all__ = ['SHAPES', 'TEXTURES', 'BACKGROUNDS', 'MOTIONS', 'LEVELS', 'CLASSES', 
 import math
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
+from functools import reduce
+from io import BytesIO
+from itertools import product
 from pathlib import Path
 
 import numpy as np, torch
@@ -59,7 +62,13 @@ class Factors:
     @property
     def label(self) -> torch.Tensor: return self.shape*len(MOTIONS) + self.motion # index into CLASSES
 
-# %% ../nbs/01_pocket_world.ipynb #sample
+# %% ../nbs/01_pocket_world.ipynb #check
+def _check(**values):
+    "Every value must be a whole number of at least 1."
+    for name, v in values.items():
+        if not hasattr(v, '__index__') or v < 1: raise InputError(f'{name} is {v}; give a whole number of at least 1')
+
+# %% ../nbs/01_pocket_world.ipynb #uniform
 def _uniform(n, channel, seed):
     "n numbers in [0, 1), the i-th a hash of (seed, i, channel)."
     with np.errstate(over='ignore'):
@@ -70,6 +79,7 @@ def _uniform(n, channel, seed):
         z ^= z >> np.uint64(32)
     return (z >> np.uint64(11)).astype(np.float64)/2**53
 
+# %% ../nbs/01_pocket_world.ipynb #sample
 _RANGES = dict(hue=(0, 1), size=(.32, .48), tilt=(0, 2*math.pi), bg_hue=(0, 1), bg_value=(.1, .45), bg_angle=(0, 2*math.pi),
                x=(-.25, .25), y=(-.25, .25), angle=(0, 2*math.pi), speed=(.7, 1.3), phase=(0, 1))
 
@@ -78,6 +88,7 @@ def sample_factors(n:int, # how many clips
                    level:str='plain' # `plain`, `textured` or `busy`
                   ) -> Factors: # n values a field, all independent
     "Draw factors; entry i depends on the seed and i, never on n."
+    _check(n=n)
     if level not in LEVELS: raise InputError(f'unknown level {level!r}; choose one of {", ".join(LEVELS)}')
     textures, backgrounds = LEVELS[level]
     count = dict(shape=len(SHAPES), texture=textures, background=backgrounds, motion=len(MOTIONS))
@@ -149,80 +160,119 @@ def _view(f, t):
                          pan*angle.sin() + shake*torch.sin(2*math.pi*(2.3*t*speed + 2*phase))], -1)
     return rotation, log_size, shift, of('Zoom')*.55*speed*u*angle.cos().sign()
 
-# %% ../nbs/01_pocket_world.ipynb #background
+# %% ../nbs/01_pocket_world.ipynb #colour
+def _each(v): return v.reshape(-1, 1, 1, 1) # one number a clip, beside (B, T, H, W)
+
 def _hsv(h, s, v):
     "Colours (B, 3) of hue h (B,), saturation and value (numbers or (B,))."
     k = (torch.tensor([5., 3., 1.], device=h.device) + 6*h[:, None]) % 6
     return torch.as_tensor(v, device=h.device).reshape(-1, 1)*(1 - s*torch.minimum(k, 4 - k).clamp(0, 1))
 
+def _redraw(picture, which, draw):
+    "A batch of pictures in which those marked are drawn again, by draw(their indices)."
+    rows = which.nonzero()[:, 0]
+    return picture.index_copy(0, rows, draw(rows)) if len(rows) else picture
+
+# %% ../nbs/01_pocket_world.ipynb #background
 def _background(f, x, y):
-    "Colours (B, 3, T, H, W) at world coordinates (B, T, H, W)."
-    each = lambda v: v.reshape(-1, 1, 1, 1)
-    q = x*each(f.bg_angle.cos()) + y*each(f.bg_angle.sin()); shade = torch.ones_like(q)
-    shade = torch.where(each(f.background == 1), 1 + .6*q.clamp(-1.5, 1.5), shade)
-    if (f.background == 2).any(): shade = torch.where(each(f.background == 2), 1 + .5*torch.sin(7*q), shade)
-    rows = (f.background == 3).nonzero()[:, 0]
-    if len(rows):
-        noise = sum(.55**octave*torch.sin(2.2*1.9**octave*(x[rows]*each(a.cos()) + y[rows]*each(a.sin())) + each(9*a))
-                    for octave in range(4) for a in [f.bg_angle[rows]*(1 + octave + .37*j) + 2.1*j for j in range(3)])
-        shade = shade.index_copy(0, rows, 1 + .3*noise)
-    lamp = 1.25 - .45*(x**2 + y**2).clamp(max=2)
+    "Colours (B, 3, T, H, W) at world coordinates x (B, T, 1, W) and y (B, T, H, 1)."
+    def split(rows, angle, scale=1.): # X + Y is the distance along a direction
+        return scale*x[rows]*_each(angle.cos()), scale*y[rows]*_each(angle.sin())
+    def wave(X, Y, height): return height*X.sin()*Y.cos() + height*X.cos()*Y.sin()
+    def gradient(rows):
+        X, Y = split(rows, f.bg_angle[rows]); return 1 + .6*(X + Y).clamp(-1.5, 1.5)
+    def stripes(rows): return 1 + wave(*split(rows, f.bg_angle[rows], 7), .5)
+    def noise(rows):
+        shade = 1
+        for octave, j in product(range(4), range(3)):
+            angle = f.bg_angle[rows]*(1 + octave + .37*j) + 2.1*j
+            X, Y = split(rows, angle, 2.2*1.9**octave); shade = shade + wave(X, Y + _each(9*angle), .3*.55**octave)
+        return shade
+    distance2 = x**2 + y**2; shade = torch.ones_like(distance2)
+    for kind, draw in (1, gradient), (2, stripes), (3, noise): shade = _redraw(shade, f.background == kind, draw)
+    lamp = 1.25 - .45*distance2.clamp(max=2)
     return (_hsv(f.bg_hue, .5, f.bg_value)[:, :, None, None, None]*(shade*lamp)[:, None]).clamp(0, 1)
 
+# %% ../nbs/01_pocket_world.ipynb #texture
 def _texture(f, x, y):
     "How much of the main colour, in [0, 1], at object coordinates (B, T, H, W)."
-    each, soft = (lambda v: v.reshape(-1, 1, 1, 1)), (lambda v: (3*v).clamp(-1, 1)/2 + .5)
-    tex = torch.ones_like(x)
-    if (f.texture == 1).any(): tex = torch.where(each(f.texture == 1), soft(torch.sin(4*(x + y))), tex)
-    if (f.texture == 2).any(): tex = torch.where(each(f.texture == 2), soft(2*torch.sin(4.5*x)*torch.sin(4.5*y)), tex)
-    if (f.texture == 3).any(): tex = torch.where(each(f.texture == 3), soft(2*torch.cos(4.5*x)*torch.cos(4.5*y) - .5), tex)
-    return tex
+    stripes = lambda x, y: torch.sin(4*(x + y))
+    checker = lambda x, y: 2*torch.sin(4.5*x)*torch.sin(4.5*y)
+    dots = lambda x, y: 2*torch.cos(4.5*x)*torch.cos(4.5*y) - .5
+    cloth = torch.ones_like(x)
+    for kind, draw in (1, stripes), (2, checker), (3, dots):
+        cloth = _redraw(cloth, f.texture == kind, lambda rows: (3*draw(x[rows], y[rows])).clamp(-1, 1)/2 + .5)
+    return cloth
 
 # %% ../nbs/01_pocket_world.ipynb #mask
+_EDGE = torch.cat([_TABLE, _TABLE.roll(-1, 1) - _TABLE], -1).roll(256, 1) # value and step to the next; entry 0 looks left
+
 def _mask(f, x, y, pixel):
     "Antialiased coverage in [0, 1]; x, y in object radii, pixel size in object radii."
-    rho = (x**2 + y**2 + 1e-8).sqrt()
-    position = (torch.atan2(y, x)/(2*math.pi) % 1)*512
-    low = position.detach().floor(); fraction = (position - low)[..., None]; low = low.long() % 512
-    table, base = _TABLE.to(x.device).reshape(-1, 2), f.shape.reshape(-1, 1, 1, 1)*512
-    radius, slope = (table[base + low]*(1 - fraction) + table[base + (low + 1) % 512]*fraction).unbind(-1)
-    return ((radius - rho)*slope/pixel + .5).clamp(0, 1)
+    position = torch.atan2(y, x)*(256/math.pi)
+    low = position.detach().floor().clamp(-256, 255); between = position - low
+    radius, slope, radius_step, slope_step = _EDGE.to(x.device).reshape(-1, 4)[512*_each(f.shape) + 256 + low.long()].unbind(-1)
+    gap = radius + between*radius_step - (x**2 + y**2 + 1e-8).sqrt()
+    return (gap*(slope + between*slope_step)/pixel + .5).clamp(0, 1)
 
+# %% ../nbs/01_pocket_world.ipynb #draw
+def _cast(f, dtype): return replace(f, **{k: getattr(f, k).to(dtype) for k in _RANGES})
+
+def _draw(f, num_frames, size):
+    "The clips of f, all at once: places in float64, colours in the precision of f."
+    narrow = lambda *values: [v.to(f.x.dtype) for v in values]
+    at = _cast(f, torch.float32 if f.x.device.type == 'mps' else torch.float64); grid = dict(device=at.x.device, dtype=at.x.dtype)
+    t = torch.linspace(0, 1, num_frames, **grid); g = (torch.arange(size, **grid) + .5)*2/size - 1
+    rotation, log_size, shift, zoom = (v.unflatten(1, (-1, 1, 1)) for v in _view(at, t))
+    centre, scale = _path(at, t)[:, :, None, None], torch.exp(-zoom)
+    x, y = g*scale + shift[..., 0], g[:, None]*scale + shift[..., 1]           # pixel -> world: a row and a column
+    radius = _each(at.size)*torch.exp(log_size)
+    dx, dy, c, s = (x - centre[..., 0])/radius, (y - centre[..., 1])/radius, rotation.cos(), rotation.sin()
+    u, v = dx*c + dy*s, dy*c - dx*s                                            # world -> object
+    pixel = 2/size*scale
+    mask, u, v, x, y, pixel = narrow(_mask(f, u, v, pixel/radius), u, v, x, y, pixel)
+    paint = lambda colour: colour[:, :, None, None, None]
+    main, second = paint(_hsv(f.hue, .9, 1)), paint(_hsv(f.hue, .6, .35))
+    image = _background(f, x, y)
+    image = image + mask[:, None]*(second + (main - second)*_texture(f, u, v)[:, None] - image)
+    def occluder(rows):
+        bar = ((.22 - (x[rows] - _each(f.x[rows])).abs())/pixel[rows] + .5).clamp(0, 1)[:, None]
+        return image[rows] + bar*(paint(_hsv(f.bg_hue[rows] + .5, .3, .65)) - image[rows])
+    return _redraw(image, f.motion == MOTIONS.index('Occlude'), occluder)
+
+# %% ../nbs/01_pocket_world.ipynb #render
 def render(factors:Factors, # n clips
            num_frames:int=16, # frames, spread over the whole motion
            size:int=64 # height and width in pixels
           ) -> torch.Tensor: # (n, 3, num_frames, size, size) in [0, 1]
     "Draw the clips; runs on the device of the factors."
-    f, device = factors, factors.x.device
-    t = torch.linspace(0, 1, num_frames, device=device); g = (torch.arange(size, device=device) + .5)*2/size - 1
-    rotation, log_size, shift, zoom = (v.unflatten(1, (-1, 1, 1)) for v in _view(f, t))
-    centre, scale = _path(f, t)[:, :, None, None], torch.exp(-zoom)
-    x, y = g*scale + shift[..., 0], g[:, None]*scale + shift[..., 1]           # pixel -> world
-    x, y = x.expand(-1, -1, size, -1), y.expand(-1, -1, -1, size)
-    radius = f.size.reshape(-1, 1, 1, 1)*torch.exp(log_size)
-    dx, dy, c, s = (x - centre[..., 0])/radius, (y - centre[..., 1])/radius, rotation.cos(), rotation.sin()
-    u, v = dx*c + dy*s, dy*c - dx*s                                            # world -> object
-    pixel = 2/size*scale
-    mask, cloth = _mask(f, u, v, pixel/radius)[:, None], _texture(f, u, v)[:, None]
-    paint = lambda colour: colour[:, :, None, None, None]
-    image = _background(f, x, y)
-    image = image + mask*(paint(_hsv(f.hue, .9, 1))*cloth + paint(_hsv(f.hue, .6, .35))*(1 - cloth) - image)
-    bar = ((.22 - (x - f.x.reshape(-1, 1, 1, 1)).abs())/pixel + .5).clamp(0, 1)
-    bar = (bar*(f.motion == MOTIONS.index('Occlude')).reshape(-1, 1, 1, 1))[:, None]
-    return image + bar*(paint(_hsv(f.bg_hue + .5, .3, .65)) - image)
+    _check(num_frames=num_frames, size=size)
+    f = _cast(factors, reduce(torch.promote_types, [getattr(factors, k).dtype for k in _RANGES]))
+    part = max(1, 2**(19 if f.x.device.type == 'cpu' else 25)//(num_frames*size**2)) # clips
+    return torch.cat([_draw(f[i:i + part], num_frames, size) for i in range(0, max(1, len(f)), part)])
 
 # %% ../nbs/01_pocket_world.ipynb #split
 def held_out(factors:Factors, # n clips
              split:int # 1 random, 2 shape-motion pairs, 3 texture
             ) -> torch.Tensor: # (n,) bool: belongs to the test list
     "Which clips a split keeps for testing."
-    if split == 1: return torch.arange(len(factors)) % 5 == 4
+    if split == 1: return torch.arange(len(factors), device=factors.x.device) % 5 == 4
     if split == 2: return (factors.shape + factors.motion) % 7 == 0
+    if split != 3: raise InputError(f'unknown split {split!r}; choose 1, 2 or 3')
+    if not factors.texture.any(): raise InputError('split 3 holds out dotted objects and here all are solid; draw factors at level textured or busy')
     return factors.texture == TEXTURES.index('dots')
 
-# %% ../nbs/01_pocket_world.ipynb #write
+# %% ../nbs/01_pocket_world.ipynb #check-video
 _X264 = {'preset': 'veryfast', 'threads': '1', 'x264-params': 'bframes=0:mbtree=0:rc-lookahead=0'}
 
+def _check_video(video):
+    if video.dim() != 4 or len(video) != 3 or 0 in video.shape or not video.is_floating_point():
+        raise InputError(f'a video is float of shape (3, frames, height, width), not {str(video.dtype)[6:]} of shape {tuple(video.shape)}')
+    if video.shape[2] % 2 or video.shape[3] % 2:
+        raise InputError(f'H.264 needs an even height and width, not {video.shape[2]} x {video.shape[3]}; crop or repeat one row or column')
+    if not video.isfinite().all(): raise InputError('the video holds NaN or infinite values; write numbers in [0, 1]')
+
+# %% ../nbs/01_pocket_world.ipynb #write
 def write_video(path:Path, # where; the ending chooses the container
                 video:torch.Tensor, # (3, T, H, W) in [0, 1]; H and W even
                 fps:int=8, # frames per second
@@ -230,45 +280,74 @@ def write_video(path:Path, # where; the ending chooses the container
                ):
     "Write one clip as H.264, atomically."
     import av
-    path = Path(path); temporary = path.with_name(f'.{path.name}.part{path.suffix}')
+    _check_video(video); path = Path(path); temporary = path.with_name(f'.{path.name}.part{path.suffix}')
     frames = (video.clamp(0, 1)*255).round().byte().permute(1, 2, 3, 0).cpu().numpy()
-    with av.open(str(temporary), 'w') as file:
-        stream = file.add_stream('libx264', rate=Fraction(fps), options=_X264 | dict(crf=str(crf)))
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], 'yuv420p'
-        for frame in frames: file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
-        file.mux(stream.encode())
-    temporary.replace(path)
+    try:
+        with av.open(str(temporary), 'w') as file:
+            stream = file.add_stream('libx264', rate=Fraction(fps), options=_X264 | dict(crf=str(crf)))
+            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], 'yuv420p'
+            for frame in frames: file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
+            file.mux(stream.encode())
+        temporary.replace(path)
+    except (OSError, ValueError) as e:
+        raise InputError(f'cannot write {path} ({getattr(e, "strerror", None) or e}); choose another folder or an ending such as .mp4') from None
+    finally: temporary.unlink(missing_ok=True)
 
-# %% ../nbs/01_pocket_world.ipynb #write-dataset
+# %% ../nbs/01_pocket_world.ipynb #names-on-disk
+def _names(factors):
+    "A file name for each clip, numbered within its class."
+    seen, names = {}, []
+    for label in factors.label.tolist():
+        k = seen[label] = seen.get(label, -1) + 1
+        names.append(f'{CLASSES[label]}/v_{CLASSES[label]}_g{k//4 + 1:02d}_c{k % 4 + 1:02d}.mp4')
+    return names
+
+# %% ../nbs/01_pocket_world.ipynb #splits-on-disk
 def _write_splits(root, factors, names):
     "UCF-101's split files: class index, and train and test lists of the three splits."
     lists = root/'ucfTrainTestlist'; lists.mkdir(parents=True, exist_ok=True)
     write_atomic(lists/'classInd.txt', ''.join(f'{i + 1} {name}\n' for i, name in enumerate(CLASSES)))
     for split in 1, 2, 3:
-        test, label = held_out(factors, split).tolist(), factors.label.tolist()
+        one_texture = split == 3 and not factors.texture.any()
+        test, label = [False]*len(names) if one_texture else held_out(factors, split).tolist(), factors.label.tolist()
         write_atomic(lists/f'trainlist0{split}.txt', ''.join(f'{n} {l + 1}\n' for n, l, t in zip(names, label, test) if not t))
         write_atomic(lists/f'testlist0{split}.txt', ''.join(f'{n}\n' for n, t in zip(names, test) if t))
 
+# %% ../nbs/01_pocket_world.ipynb #refuse-another
+def _refuse_another_dataset(root, n, asked):
+    "Raise if the folder holds videos of other origin, other settings, or more of them."
+    file = root/'factors.npz'
+    if not file.exists():
+        if any(root.glob('*/*.mp4')): raise InputError(f'{root} holds videos and no factors.npz; choose an empty folder')
+        return
+    try: held = dict(np.load(file))
+    except Exception: raise InputError(f'{file} cannot be read; delete the folder or choose another') from None
+    wrong = [f'{k} {held[k]}, not {v}' for k, v in asked.items() if k in held and held[k] != v]
+    if len(held['names']) > n: wrong.append(f'{len(held["names"])} clips, not {n}')
+    if wrong: raise InputError(f'{root} holds another dataset ({"; ".join(wrong)}); ask for the same or choose another folder')
+
+# %% ../nbs/01_pocket_world.ipynb #write-dataset
 def write_dataset(root:str|Path, # folder to fill
                   n:int, # number of clips
                   seed:int=0, # of `sample_factors`
                   level:str='plain', # of `sample_factors`
                   num_frames:int=16, # per file
-                  size:int=64, # pixels
+                  size:int=64, # pixels, even
                   progress=lambda it, **_: it # a tqdm-like wrapper
                  ) -> Factors: # of all clips, in the order of factors.npz
     "Write n clips as H.264 in UCF-101's layout with split files and their factors."
-    root, factors = Path(root), sample_factors(n, seed, level)
-    seen, names = {}, []
-    for label in factors.label.tolist():
-        k = seen[label] = seen.get(label, -1) + 1
-        names.append(f'{CLASSES[label]}/v_{CLASSES[label]}_g{k//4 + 1:02d}_c{k % 4 + 1:02d}.mp4')
-    for name in {n.split('/')[0] for n in names}: (root/name).mkdir(parents=True, exist_ok=True)
-    for start in progress(range(0, n, 32), desc='writing videos', unit='batch'):
-        rows = [i for i in range(start, min(start + 32, n)) if not (root/names[i]).exists()]
-        if rows:
-            for i, clip in zip(rows, render(factors[torch.tensor(rows)], num_frames, size)): write_video(root/names[i], clip)
-    _write_splits(root, factors, names)
-    np.savez(root/'factors.npz', names=np.array(names), seed=seed, level=level,
-             **{f.name: getattr(factors, f.name).numpy() for f in fields(Factors)})
+    _check(num_frames=num_frames, size=size); asked = dict(seed=seed, level=level, num_frames=num_frames, pixels=size)
+    if size % 2: raise InputError(f'size is {size}; H.264 needs an even height and width')
+    root, factors = Path(root), sample_factors(n, seed, level); names = _names(factors); content = BytesIO()
+    np.savez(content, names=np.array(names), **asked, **{f.name: getattr(factors, f.name).numpy() for f in fields(Factors)})
+    try:
+        _refuse_another_dataset(root, n, asked)
+        for name in {n.split('/')[0] for n in names}: (root/name).mkdir(parents=True, exist_ok=True)
+        write_atomic(root/'factors.npz', content.getvalue())
+        for start in progress(range(0, n, 32), desc='writing videos', unit='batch'):
+            rows = [i for i in range(start, min(start + 32, n)) if not (root/names[i]).exists()]
+            if rows:
+                for i, clip in zip(rows, render(factors[torch.tensor(rows)], num_frames, size)): write_video(root/names[i], clip)
+        _write_splits(root, factors, names)
+    except OSError as e: raise InputError(f'cannot write to {root} ({e.strerror or e}); choose another folder or free some space') from None
     return factors
