@@ -7,12 +7,17 @@ __all__ = ['patchify', 'unpatchify', 'sincos_positions', 'gaussian_positions', '
            'Encoded', 'TokenizerOutput', 'GridTokenizer', 'coarse_queries', 'QueryTokenizer']
 
 # %% ../nbs/03_query_tokenization.ipynb #imports
-from dataclasses import dataclass, replace
+import contextlib, io, json, sys
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch, torch.nn as nn, torch.nn.functional as F
 from einops import rearrange
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors import safe_open
+from safetensors.torch import save_model
+from torch.utils.checkpoint import checkpoint as recompute
 from .quantize import Quantized, StochasticVectorQuantizer
 from .utils import InputError
 
@@ -77,10 +82,11 @@ class Transformer(nn.Module):
     def __init__(self, dim:int, # width
                  depth:int, # blocks
                  heads:int, # attention heads
-                 tie:float=0.): # 0, or: keys start as a copy of the queries, both times this
+                 tie:float=0., # 0, or: keys start as a copy of the queries, both times this
+                 checkpoint:bool=False): # keep only each block's input for the backward pass and compute the rest again
         super().__init__()
         if dim % heads: raise InputError(f'width {dim} does not divide by {heads} heads')
-        self.blocks, self.norm = nn.ModuleList(Block(dim, heads) for _ in range(depth)), nn.LayerNorm(dim)
+        self.checkpoint, self.blocks, self.norm = checkpoint, nn.ModuleList(Block(dim, heads) for _ in range(depth)), nn.LayerNorm(dim)
         for block in self.blocks if tie else []:
             weight, bias = block.qkv.weight.data, block.qkv.bias.data
             weight[:dim] *= tie; weight[dim:2*dim] = weight[:dim]; bias[dim:2*dim] = bias[:dim]
@@ -88,19 +94,58 @@ class Transformer(nn.Module):
     def forward(self, x:torch.Tensor, # (B, N, dim)
                 tap:int|None=None # also return the state after this many blocks
                ): # (B, N, dim), or that and the tapped state
-        tapped = None
+        tapped, again = None, self.checkpoint and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            x = recompute(block, x, use_reentrant=False, preserve_rng_state=False) if again else block(x)
             if i + 1 == tap: tapped = x
         x = self.norm(x)
         return x if tap is None else (x, x if tap == len(self.blocks) else tapped)
+
+# %% ../nbs/03_query_tokenization.ipynb #check-config
+_COUNTS = 'num_frames patch_t patch_p num_motion dim encoder_depth decoder_depth heads latent_dim codebook_size'.split()
+
+def _check_config(c):
+    "Refuse what cannot work, in one line."
+    for k in _COUNTS:
+        if not isinstance(v := getattr(c, k), int) or v < 1: raise InputError(f'{k} must be a whole number of at least 1, got {v!r}')
+    if not isinstance(c.size, (int, tuple)) or len(c.frame) != 2 or not all(isinstance(s, int) and s > 0 for s in c.frame):
+        raise InputError(f'size must be a number of pixels or a pair (height, width), got {c.size!r}')
+    h, w = c.frame
+    for wrong, complaint in (
+        (c.num_frames % c.patch_t, f'num_frames {c.num_frames} is no multiple of patch_t {c.patch_t}'),
+        (h % c.patch_p or w % c.patch_p, f'size {c.size} is no multiple of patch_p {c.patch_p}'),
+        (c.dim % c.heads, f'dim {c.dim} is no multiple of heads {c.heads}'),
+        (not isinstance(c.num_appearance, int) or c.num_appearance < 0, f'num_appearance must be a whole number of at least 0, got {c.num_appearance!r}'),
+        (c.codebook_size < 2, f'codebook_size must be at least 2, got {c.codebook_size}'),
+        (not isinstance(c.temperature, (int, float)) or not c.temperature > 0, f'temperature must be above 0, got {c.temperature!r}'),
+        (c.positions not in ('sincos', 'gaussian'), f'unknown positions {c.positions!r}; choose sincos or gaussian'),
+        (c.queries not in ('normal', 'grid'), f'unknown queries {c.queries!r}; choose normal or grid')):
+        if wrong: raise InputError(complaint)
+
+# %% ../nbs/03_query_tokenization.ipynb #presets
+_SMALL = dict(restart=True, positions='gaussian', queries='grid', tie=2.)
+_PRESETS = dict(paper={}, tiny=dict(num_frames=8, size=32, patch_t=2, num_appearance=16, num_motion=48, dim=128,
+                                    encoder_depth=4, decoder_depth=4, heads=4, codebook_size=512, **_SMALL),
+                pocket=dict(num_frames=16, size=64, num_appearance=64, num_motion=192, dim=256,
+                            encoder_depth=6, decoder_depth=6, heads=8, codebook_size=1024, **_SMALL))
+
+def _preset_fields(name, tokens, changes):
+    "The fields of a preset with some changed."
+    if name not in _PRESETS: raise InputError(f'unknown preset {name!r}; choose one of {", ".join(_PRESETS)}')
+    known = [f.name for f in fields(TokenizerConfig)]; unknown = [k for k in changes if k not in known]
+    if unknown: raise InputError(f'a tokenizer has no field {unknown[0]!r}; it has {", ".join(known)}')
+    budget = {}
+    if tokens is not None:
+        if not isinstance(tokens, int) or tokens < 4 or tokens % 4: raise InputError(f'{tokens} tokens do not split 1:3; choose a multiple of 4')
+        budget = dict(num_appearance=tokens//4, num_motion=3*tokens//4)
+    return _PRESETS[name] | budget | changes
 
 # %% ../nbs/03_query_tokenization.ipynb #config
 @dataclass
 class TokenizerConfig:
     "Everything that defines a tokenizer."
     num_frames: int = 16         # T
-    size: int = 128              # H = W in pixels
+    size: int|tuple = 128        # H = W in pixels, or (H, W)
     patch_t: int = 4             # t, frames per patch
     patch_p: int = 8             # p, pixels per patch
     num_appearance: int = 256    # L_a
@@ -117,25 +162,73 @@ class TokenizerConfig:
     queries: str = 'normal'      # `normal` (std 0.02) or `grid` (start as positions of a coarse grid)
     tie: float = 0.              # see `Transformer`
     seed: int = 0                # of the initialisation
+    checkpoint: bool = False     # see `Transformer`
+
+    def __post_init__(self):
+        if isinstance(self.size, list): self.size = tuple(self.size) # JSON knows no tuples
+        _check_config(self)
 
     @property
-    def grid(self) -> tuple: return self.num_frames//self.patch_t, self.size//self.patch_p, self.size//self.patch_p # of the clip
+    def frame(self) -> tuple: return self.size if isinstance(self.size, tuple) else (self.size, self.size) # H, W
+
+    @property
+    def grid(self) -> tuple: return self.num_frames//self.patch_t, *(s//self.patch_p for s in self.frame) # of the clip
 
     @property
     def num_tokens(self) -> int: return self.num_appearance + self.num_motion # L
 
     @classmethod
     def preset(cls, name:str, # `tiny`, `pocket` or `paper`
+               tokens:int|None=None, # L, a quarter of them for appearance; default: the preset's
                **changes # fields to change
               ) -> 'TokenizerConfig':
         "A named configuration."
-        small = dict(restart=True, positions='gaussian', queries='grid', tie=2.)
-        presets = dict(paper={}, tiny=dict(num_frames=8, size=32, patch_t=2, num_appearance=16, num_motion=48, dim=128,
-                                           encoder_depth=4, decoder_depth=4, heads=4, codebook_size=512, **small),
-                       pocket=dict(num_frames=16, size=64, num_appearance=64, num_motion=192, dim=256,
-                                   encoder_depth=6, decoder_depth=6, heads=8, codebook_size=1024, **small))
-        if name not in presets: raise InputError(f'unknown preset {name!r}; choose one of {", ".join(presets)}')
-        return cls(**presets[name] | changes)
+        return cls(**_preset_fields(name, tokens, changes))
+
+# %% ../nbs/03_query_tokenization.ipynb #saved
+_FREE = {'temperature', 'restart', 'tie', 'seed', 'checkpoint'} # may differ from what a file was saved with
+
+def _check_place(name):
+    "Refuse a folder that holds no model; say so before the Hub is asked."
+    place = Path(name)
+    if place.is_dir():
+        missing = [f for f in ('config.json', 'model.safetensors') if not (place/f).is_file()]
+        if missing: raise InputError(f'the folder has no {" and no ".join(missing)}; pickles such as pytorch_model.bin are never opened')
+    elif place.exists() or len(place.parts) > 2 or name[:1] in '.~/' or '\\' in name: raise InputError('there is no such folder')
+    else: print(f'{name} is no folder here: asking the Hugging Face Hub for it', file=sys.stderr)
+
+def _check_file(path, config):
+    "Refuse a damaged file and one of another configuration; only the header is read."
+    try:
+        with safe_open(path, 'pt') as f: saved = json.loads((f.metadata() or {}).get('config', '{}'))
+    except Exception as e: raise InputError(f'model.safetensors is damaged or something else ({e}); copy it again') from None
+    differ = [f'{k} {saved[k]} and not {v}' for k, v in json.loads(json.dumps(asdict(config))).items() if k not in _FREE and saved.get(k, v) != v]
+    if differ: raise InputError(f'model.safetensors was saved with {", ".join(differ[:3])}; config.json belongs to another file')
+
+# %% ../nbs/03_query_tokenization.ipynb #saved-class
+class _Saved(PyTorchModelHubMixin):
+    "huggingface_hub's mixin, which opens safetensors only and refuses in one line."
+    def _save_pretrained(self, save_directory):
+        save_model(self, str(save_directory/'model.safetensors'), metadata=dict(format='pt', config=json.dumps(asdict(self.config))))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, # a folder, or a name on the Hugging Face Hub
+                        *, strict=True, **options): # as huggingface_hub's mixin
+        "Load what `save_pretrained` wrote, in evaluation mode."
+        name = str(pretrained_model_name_or_path)
+        try:
+            _check_place(name)
+            with contextlib.redirect_stdout(io.StringIO()): return super().from_pretrained(name, strict=strict, **options)
+        except Exception as e:
+            lines = [l.strip() for l in str(e).splitlines() if l.strip()] or [type(e).__name__]
+            raise InputError(f'no {cls.__name__} in {name}: {lines[1 if lines[0].startswith("Error(s) in loading") else 0]}') from None
+
+    @classmethod
+    def _load_as_safetensor(cls, model, model_file, map_location, strict):
+        _check_file(model_file, model.config); return super()._load_as_safetensor(model, model_file, map_location, strict)
+
+    @classmethod
+    def _load_as_pickle(cls, *args): raise InputError('it has no model.safetensors; pickles such as pytorch_model.bin are never opened')
 
 # %% ../nbs/03_query_tokenization.ipynb #tokenizer
 class Encoded(NamedTuple):
@@ -153,24 +246,25 @@ class TokenizerOutput(NamedTuple):
 
 # %% ../nbs/03_query_tokenization.ipynb #bottleneck
 def _check_clip(video, config):
-    want = (3, config.num_frames, config.size, config.size)
+    want = (3, config.num_frames, *config.frame)
     if video.ndim != 5 or tuple(video.shape[1:]) != want:
         raise InputError(f'this tokenizer takes clips of shape (B, {", ".join(map(str, want))}), got {tuple(video.shape)}')
+    if not video.is_floating_point(): raise InputError(f'this tokenizer takes numbers in [0, 1], got {video.dtype}; use video.float()/255')
 
 def _linear_zero(dim, out): # a layer that starts by answering zero
     layer = nn.Linear(dim, out); nn.init.zeros_(layer.weight); nn.init.zeros_(layer.bias); return layer
 
-class _Tokenizer(nn.Module, PyTorchModelHubMixin, library_name='dera', license='apache-2.0'):
+class _Tokenizer(nn.Module, _Saved, library_name='dera', license='apache-2.0', paper_url='https://arxiv.org/abs/2512.04483'):
     "Bottleneck and interface; a subclass adds `_streams(video, tap) -> (Z, E_a, E_m)`."
     def __init__(self, config:TokenizerConfig):
         super().__init__()
-        self.config, c, pixels = config, config, 3*config.patch_t*config.patch_p**2
+        c = self.config = self._hub_mixin_config = replace(config); pixels = 3*c.patch_t*c.patch_p**2
         generator, learned = torch.Generator().manual_seed(c.seed), c.positions == 'gaussian'
         clip = gaussian_positions(c.grid, c.dim, generator) if learned else sincos_positions(c.grid, c.dim)
         self.clip_positions, self.decoder_queries = (nn.Parameter(clip.clone(), requires_grad=learned) for _ in range(2))
         self.query_type = nn.Parameter(.02*torch.randn(c.dim, generator=generator))
         self.token_positions = nn.Parameter(sincos_positions((c.num_tokens,), c.dim), requires_grad=learned)
-        self.encoder, self.decoder = (Transformer(c.dim, depth, c.heads, c.tie) for depth in (c.encoder_depth, c.decoder_depth))
+        self.encoder, self.decoder = (Transformer(c.dim, depth, c.heads, c.tie, c.checkpoint) for depth in (c.encoder_depth, c.decoder_depth))
         self.embed_motion, self.out = nn.Linear(pixels, c.dim), _linear_zero(c.dim, pixels)
         self.to_latent, self.from_latent = nn.Linear(c.dim, c.latent_dim), nn.Linear(c.latent_dim, c.dim)
         self.quantizer = StochasticVectorQuantizer(c.codebook_size, c.latent_dim, c.temperature, restart=c.restart)
@@ -181,8 +275,9 @@ class _Tokenizer(nn.Module, PyTorchModelHubMixin, library_name='dera', license='
                tap:int|None=None # encoder layer whose patch outputs are returned; default the last
               ) -> Encoded:
         "Video to tokens (Eq. 1, 2)."
-        _check_clip(video, self.config)
-        z, appearance, motion = self._streams(2*video - 1, tap or self.config.encoder_depth)
+        _check_clip(video, self.config); depth = self.config.encoder_depth
+        if tap is not None and not 1 <= tap <= depth: raise InputError(f'tap must lie in 1 to {depth}, the layers of the encoder, got {tap}')
+        z, appearance, motion = self._streams(2*video - 1, tap or depth)
         z = self.to_latent(z)
         q = self.quantizer(z) if quantize else Quantized(F.normalize(z.float(), dim=-1), None, z.new_zeros(()))
         return Encoded(q.indices, q.z, appearance, motion, q.loss)
@@ -198,11 +293,12 @@ class _Tokenizer(nn.Module, PyTorchModelHubMixin, library_name='dera', license='
 
 # %% ../nbs/03_query_tokenization.ipynb #decode
 def _decode(model, tokens):
-    c = model.config
-    if tokens.shape[1] != c.num_tokens: raise InputError(f'expected {c.num_tokens} tokens a clip, got {tokens.shape[1]}')
+    c = model.config; want = (c.num_tokens, c.latent_dim) if tokens.is_floating_point() else (c.num_tokens,)
+    if tuple(tokens.shape[1:]) != want:
+        raise InputError(f'expected {c.num_tokens} tokens a clip, as indices (B, L) or latents (B, L, {c.latent_dim}), got {tuple(tokens.shape)}')
     latents = tokens if tokens.is_floating_point() else model.quantizer.decode(tokens)
     y = model.from_latent(latents*c.latent_dim**.5) + model.token_positions
-    Q_d = (model.decoder_queries + model.query_type).expand(len(y), -1, -1)
+    Q_d = (model.decoder_queries + model.query_type).expand(y.shape[0], -1, -1)
     Z_d = model.decoder(torch.cat([Q_d, y], 1))[:, :Q_d.shape[1]]
     return .5 + .5*unpatchify(model.out(Z_d), c.grid, c.patch_t, c.patch_p)
 
@@ -211,7 +307,7 @@ class GridTokenizer(_Tokenizer):
     "Tokens are the patches of the clip (Fig. 1a)."
     def __init__(self, config:TokenizerConfig):
         n, h, w = config.grid
-        super().__init__(replace(config, num_appearance=0, num_motion=n*h*w))
+        super().__init__(replace(config, num_appearance=0, num_motion=n*h*w)) # no budget of its own: a token a patch
         self.token_positions.data.copy_(self.clip_positions.data)
 
     def _streams(self, video, tap):
@@ -224,11 +320,11 @@ def coarse_queries(positions:torch.Tensor, # (N, dim) of the patch grid
                    grid:tuple, # of the patches
                    num:int # queries wanted
                   ) -> torch.Tensor: # (num, dim)
-    "Positions of a coarser grid: every place, num/(h*w) times."
-    n, h, w = grid; times = num/(h*w)
-    if times != int(times): raise InputError(f"queries='grid' needs a multiple of {h*w} queries, got {num}; use queries='normal'")
-    table = positions.view(n, h*w, -1).permute(1, 2, 0)
-    return F.interpolate(table, size=int(times), mode='linear', align_corners=True).permute(2, 0, 1).flatten(0, 1)
+    "Positions of a coarser grid: every place, num/(h*w) times; else evenly spaced along the list of patches."
+    n, h, w = grid; times = num//(h*w)
+    whole = num == times*h*w and times <= n
+    table = positions.view(n, h*w, -1).permute(1, 2, 0) if whole else positions.T[None]
+    return F.interpolate(table, size=times if whole else num, mode='linear', align_corners=True).permute(2, 0, 1).flatten(0, 1)
 
 class QueryTokenizer(_Tokenizer):
     "Tokens are the encoder's outputs at learned queries over the whole clip (Fig. 1b, LARP)."
@@ -243,6 +339,6 @@ class QueryTokenizer(_Tokenizer):
 
     def _streams(self, video, tap):
         x = self.embed_motion(patchify(video, self.config.patch_t, self.config.patch_p)) + self.clip_positions
-        z, e = self.encoder(torch.cat([self.queries.expand(len(x), -1, -1), x], 1), tap)
+        z, e = self.encoder(torch.cat([self.queries.expand(x.shape[0], -1, -1), x], 1), tap)
         L = self.num_tokens
         return z[:, :L], None, e[:, L:]

@@ -8,6 +8,7 @@ __all__ = ['DeRATokenizer', 'Encoded', 'TokenizerConfig', 'TokenizerOutput']
 # %% ../nbs/04_decoupled_streams.ipynb #imports
 import torch, torch.nn as nn
 from .query import Encoded, TokenizerConfig, TokenizerOutput, _Tokenizer, coarse_queries, patchify
+from .utils import InputError
 
 # %% ../nbs/04_decoupled_streams.ipynb #all
 _all_ = ['Encoded', 'TokenizerConfig', 'TokenizerOutput']
@@ -18,6 +19,7 @@ class DeRATokenizer(_Tokenizer):
     def __init__(self, config:TokenizerConfig):
         super().__init__(config)
         c, (n, h, w) = config, config.grid
+        if not c.num_appearance: raise InputError('a DeRATokenizer needs at least 1 appearance token; QueryTokenizer does without')
         generator = torch.Generator().manual_seed(c.seed + 1)
         self.embed_appearance = nn.Linear(3*c.patch_p**2, c.dim)
         frame = self.clip_positions.data.view(n, h*w, c.dim).mean(0)
@@ -38,5 +40,5 @@ class DeRATokenizer(_Tokenizer):
 
     def _encode(self, queries, patches, tap):
         "One stream of Eq. 1: outputs at the queries, outputs (of layer `tap`) at the patches."
-        out, tapped = self.encoder(torch.cat([queries.expand(len(patches), -1, -1), patches], 1), tap)
-        return out[:, :len(queries)], tapped[:, len(queries):]
+        out, tapped = self.encoder(torch.cat([queries.expand(patches.shape[0], -1, -1), patches], 1), tap)
+        return out[:, :queries.shape[0]], tapped[:, queries.shape[0]:]
