@@ -269,10 +269,11 @@ def train_from_videos(config:ARConfig,
     if not Path(c.tokenizer, 'config.json').is_file():
         raise InputError(f'no tokenizer in {c.tokenizer}; train one first, or name its folder with --tokenizer')
     tokenizer = DeRATokenizer.from_pretrained(c.tokenizer); t, key = tokenizer.config, fingerprint(tokenizer)
-    clips = VideoClips(c.data, t.num_frames, t.size, c.sampling, split=c.split, seed=c.seed); _split(c, len(clips), 1 + c.flips)
+    clips = VideoClips(c.data, t.num_frames, t.size, c.sampling, split=c.split, seed=c.seed, replace_bad=True); _split(c, len(clips), 1 + c.flips)
     run, accelerator = RunFolder(c.out).path, _accelerator(); tokenizer.to(accelerator.device)
     with accelerator.main_process_first():
         tokenize_dataset(tokenizer, clips, run/'tokens.npy', c.batch_size, c.flips, mirror_labels(clips.classes), c.condition_frames, progress)
+    clips.set_epoch(0) # stops where too many files turned out to be bad
     g = replace(c.generator, vocab_size=t.codebook_size, num_tokens=tokenizer.num_tokens, num_classes=len(clips.classes),
                 prefix_tokens=tokenizer.num_tokens if c.condition_frames else 0, tokenizer=key)
     return train_generator(replace(c, generator=g), *load_tokens(run/'tokens.npy', key), progress=progress)

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 # %% ../nbs/16_utils.ipynb #input-error
 class InputError(ValueError):
     "Bad input from a user: one line that names the file, field or shape and the fix."
+    def __init__(self, message=''): super().__init__(str(message).strip().split('\n')[-1].removeprefix('dera.utils.InputError: '))
 
 # %% ../nbs/16_utils.ipynb #seed
 def seed_everything(seed:int # seeds Python's, NumPy's and torch's global generators
@@ -175,4 +176,5 @@ def load_model(cls, # a class with huggingface_hub's mixin
     if not (Path(folder)/'model.safetensors').is_file(): raise InputError(f'no {cls.__name__} in {folder}; name a folder with config.json and model.safetensors')
     try:
         with contextlib.redirect_stdout(io.StringIO()): return cls.from_pretrained(str(folder), strict=True).float().eval()
+    except InputError: raise
     except Exception as e: raise InputError(f'{folder} does not hold a {cls.__name__} of this version ({str(e).splitlines()[0]})') from None

@@ -2,10 +2,16 @@
 import subprocess, sys
 
 import pytest
+from dera.cli import main
 from dera.pocket import render, sample_factors, write_dataset, write_video
 
 def dera(*words):
     return subprocess.run([sys.executable, '-c', 'from dera.cli import main; main()', *map(str, words)], capture_output=True, text=True, timeout=300)
+
+def here(*words):
+    "The same without a new process; returns the exit code."
+    with pytest.raises(SystemExit) as e: main(list(words))
+    return e.value.code
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
@@ -17,9 +23,13 @@ def refused(result, *words):
     lines = [l for l in result.stderr.splitlines() if l.startswith('dera: ')]
     assert len(lines) == 1 and all(w in lines[0] for w in words), result.stderr
 
-@pytest.mark.parametrize('command', 'demo train-tokenizer train-ar reconstruct generate evaluate train-teachers'.split())
-def test_help(command):
-    result = dera(command, '--help'); assert result.returncode == 0 and '--out' in result.stdout, result.stderr
+@pytest.mark.parametrize('command', 'demo,train-tokenizer,train-ar,reconstruct,generate,evaluate,train-teachers,audit,bench render,bench data,bench tokenizers'.split(','))
+def test_help(command, capsys):
+    assert here(*command.split(), '--help') == 0 and '--out' in capsys.readouterr().out
+
+def test_help_tells_what_a_parameter_means(capsys):
+    for words, text in (['evaluate'], 'folder of videos'), (['prepare'], 'short side in pixels'), (['bench', 'render'], 'in a batch'):
+        assert here(*words, '--help') == 0 and text in capsys.readouterr().out
 
 def test_top_level():
     assert dera('--help').returncode == 0 and 'reconstruct' in dera('--help').stdout and dera('paint').returncode == 2
@@ -61,3 +71,26 @@ def test_train_then_evaluate_then_generate(data, tmp_path):
     result = dera('generate', '--run', run, '--classes', 'StarCircle', '7', '--count', 1, '--out', tmp_path/'clips')
     assert result.returncode == 0 and (tmp_path/'clips'/'StarCircle_0.mp4').exists(), result.stderr
     refused(dera('generate', '--run', run, '--classes', 'Elephant'), 'Elephant'); refused(dera('generate', '--run', tmp_path), 'no DeRATokenizer')
+
+
+def test_audit_and_prepare(data, tmp_path):
+    import json, shutil
+    root, out = tmp_path/'copy', tmp_path/'audit.json'; shutil.copytree(data, root)
+    result = dera('audit', root, '--out', out); assert result.returncode == 0, result.stdout + result.stderr
+    assert 'nothing is wrong' in result.stdout and json.loads(out.read_text())['ok']
+    first = sorted(root.glob('*/*.mp4'))[0]; first.write_bytes(first.read_bytes()[:200])
+    result = dera('audit', root, '--out', out); report = json.loads(out.read_text())
+    assert result.returncode == 1 and first.name in result.stdout and [d['path'] for d in report['undecodable']] == [str(first)]
+    result = dera('prepare', root, tmp_path/'small', '--size', 16); assert result.returncode == 0, result.stderr
+    assert '59 videos written, 0 kept, 1 left out' in result.stdout and first.name in result.stdout
+    assert '0 videos written, 59 kept' in dera('prepare', root, tmp_path/'small', '--size', 16).stdout
+    refused(dera('audit', '--out', out), 'name the data'); refused(dera('audit', tmp_path/'nowhere', '--out', out), 'nowhere')
+    refused(dera('prepare', root, root/'within'), 'elsewhere'); refused(dera('prepare', root, tmp_path/'small', '--size', 24), 'another folder')
+
+def test_bench(tmp_path):
+    import json
+    result = dera('bench', 'render', '--clips', 2, '--size', 16, '--repeats', 1, '--out', tmp_path/'b.json'); assert result.returncode == 0, result.stderr
+    saved = json.loads((tmp_path/'b.json').read_text())
+    assert saved['command'] in result.stdout and saved['torch'] in result.stdout and all(r['clips_per_second'] > 0 for r in saved['rows'])
+    refused(dera('bench', 'paint'), 'paint', 'render'); refused(dera('bench'), 'nothing')
+    refused(dera('bench', 'render', '--repeats', 0), 'repeats')
