@@ -6,7 +6,7 @@
 __all__ = ['TokenizerTraining', 'learning_rate', 'reconstruct_set', 'train_tokenizer', 'main']
 
 # %% ../nbs/10_tokenizer_training.ipynb #imports
-import json, math, sys, time
+import contextlib, json, math, sys, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,10 +14,10 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from .align import Alignment, teacher_features
+from .align import Alignment, stage_weights, teacher_features
 from .data import VideoClips
 from .losses import ReconstructionLoss
-from .sacp import SoftConflict, sacp
+from .sacp import SACP, SoftConflict
 from .streams import DeRATokenizer, TokenizerConfig
 from .teachers import load_teacher
 from .utils import InputError, RunFolder, load_checkpoint, load_model, save_checkpoint, seed_everything, use_bf16, write_atomic
@@ -35,10 +35,18 @@ class TokenizerTraining:
     warmup: int = 50                # steps
     lambda_a: float = 1.            # weight of L_a
     lambda_m: float = .5            # weight of L_m
+    align_share: float = 1.         # of the steps with these weights, then none; 20/75: the two stages of Table 4
+    align_layer: int = 0            # encoder layer that is aligned (Table 6); 0: the last
     surgery: str = 'sacp'           # `sacp`, `sum` or `soft` (Table 5)
-    image_teacher: str = 'pocket-image'
-    video_teacher: str = 'pocket-video'
+    surgery_level: str = 'loss'     # `loss` (Algorithm 1) or `encoder`
+    surgery_every: int = 1          # SACP decides at every k-th step and holds its coefficients between
+    soft_weight: float = 1.         # of the penalty when surgery is `soft`; 0.5 or 1.0 in Table 5
+    eps: float = 1e-8               # of Algorithm 1
+    eps_relative: bool = False      # eps times the squared norm instead
+    image_teacher: str = 'pocket-image' # '': none
+    video_teacher: str = 'pocket-video' # '': none, and no perceptual term
     projector_hidden: int = 256
+    projector_shared: bool = False  # one projector for both streams
     reconstruction_weight: float = 10. # weight of L_0; 1 in the paper
     l2_weight: float = 4.           # not in the paper
     perceptual_weight: float = .05  # distance in the video teacher's features
@@ -62,11 +70,12 @@ def _prepare(config, out):
         raise InputError(f'preset {c.preset!r} cannot be trained yet: the pocket teachers take clips of 8 x 32 x 32; use --preset tiny')
     split = 'train' if (Path(c.data)/'ucfTrainTestlist').is_dir() else None
     dataset = VideoClips(c.data, tokenizer_config.num_frames, tokenizer_config.size, c.sampling, split=split, seed=c.seed,
-                         flip=c.flip, cache=True, progress=tqdm)
+                         flip=c.flip, cache=True, replace_bad=True, progress=tqdm)
     if len(set(dataset.labels)) < 2: raise InputError(f'{c.data} has videos of only one class; put each class into a folder of its own')
     if c.batch_size > len(dataset): raise InputError(f'batch_size {c.batch_size} is larger than the {len(dataset)} training videos in {c.data}; lower it')
     run = RunFolder(out); run.check_writable()
     tokenizer = load_model(DeRATokenizer, c.init).train() if c.init else DeRATokenizer(tokenizer_config)
+    if not 0 <= c.align_layer <= tokenizer.config.encoder_depth: raise InputError(f'align_layer {c.align_layer} is not one of the {tokenizer.config.encoder_depth} encoder layers; 0 means the last')
     return dataset, tokenizer, run
 
 def _optimizers(config, tokenizer, alignment):
@@ -110,15 +119,13 @@ def _batches(dataset, config, start):
         yield from DataLoader(dataset, batch_sampler=rows, generator=torch.Generator()) # its own, so as not to draw from ours
 
 # %% ../nbs/10_tokenizer_training.ipynb #losses
-def _align(config, encoded, alignment, targets, encoder):
+def _align(config, encoded, alignment, targets, encoder, surgery, weights):
     "Weighted alignment terms after gradient surgery, and what to log."
-    L_a, L_m = alignment(encoded, *targets); log = dict(align_a=L_a.item(), align_m=L_m.item())
-    weights = config.lambda_a, config.lambda_m
-    if config.surgery == 'sacp':
-        r = sacp(L_a, L_m, encoder.parameters(), weights)
-        return r.loss_a + r.loss_m, log | dict(conflict=float(r.conflict), cosine=r.cosine.item())
+    L_a, L_m = alignment(encoded, *targets); log = dict(align_a=L_a, align_m=L_m)
+    if config.surgery == 'sacp' and all(weights) and all(t is not None for t in targets):
+        r = surgery(L_a, L_m, encoder.parameters(), weights); return r.loss_a + r.loss_m, log
     total = weights[0]*L_a + weights[1]*L_m
-    if config.surgery == 'soft': total = total + SoftConflict()(L_a, L_m, encoder.parameters())
+    if config.surgery == 'soft' and all(weights): total = total + SoftConflict(config.soft_weight)(L_a, L_m, encoder.parameters())
     return total, log
 
 @torch.no_grad()
@@ -140,12 +147,13 @@ def train_tokenizer(config:TokenizerTraining, # what to do
     "Train a DeRA tokenizer, or go on where the run folder's last checkpoint ends."
     c = config; seed_everything(c.seed); dataset, new, run = _prepare(c, out); tokenizer = tokenizer or new
     accelerator, bf16 = Accelerator(cpu=not torch.accelerator.is_available()), use_bf16(c.precision)
-    teachers = [load_teacher(n).to(accelerator.device) for n in (c.image_teacher, c.video_teacher)]
-    alignment = Alignment(tokenizer.config.dim, *[t.dim for t in teachers], c.projector_hidden)
+    teachers = [load_teacher(n).to(accelerator.device) if n else None for n in (c.image_teacher, c.video_teacher)]
+    alignment = Alignment(tokenizer.config.dim, *[t and t.dim for t in teachers], c.projector_hidden, c.projector_shared)
+    surgery, attention = SACP(c.eps, c.eps_relative, c.surgery_level, c.surgery_every), SoftConflict.attention if c.surgery == 'soft' else contextlib.nullcontext
     reconstruction = ReconstructionLoss(teachers[1], c.perceptual_weight, c.l2_weight)
     tokenizer, alignment = tokenizer.to(accelerator.device).train(), alignment.to(accelerator.device)
-    optimizers = _optimizers(c, tokenizer, alignment); rates = [o.param_groups[0]['lr'] for o in optimizers]
-    start = _resume(run, c, (tokenizer, alignment), optimizers); run = RunFolder(out, c)
+    optimizers, names = _optimizers(c, tokenizer, alignment), [n for n, p in tokenizer.encoder.named_parameters() if p.requires_grad]
+    rates = [o.param_groups[0]['lr'] for o in optimizers]; start = _resume(run, c, (tokenizer, alignment, surgery), optimizers); run = RunFolder(out, c)
     bar = tqdm(total=c.steps, initial=start, desc='training tokenizer', unit='step'); clock = time.time()
     for step, batch in enumerate(_batches(dataset, c, start), start):
         if step == min(c.steps, stop_after or c.steps): break
@@ -153,21 +161,22 @@ def train_tokenizer(config:TokenizerTraining, # what to do
         for o, rate in zip(optimizers, rates): o.param_groups[0]['lr'] = rate*learning_rate(step, c.steps, c.warmup)
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
             if step == c.quantizer_start and not c.init: tokenizer.quantizer.init_from(tokenizer.encode(x, quantize=False).latents)
-            video, encoded = tokenizer(x, quantize)
-            aligned, log = _align(c, encoded, alignment, teacher_features(*teachers, x, tokenizer.config.grid), tokenizer.encoder)
+            with attention(): video, encoded = tokenizer(x, quantize, c.align_layer or None)
+            weights = stage_weights(step, c.steps, (c.lambda_a, c.lambda_m), c.align_share)
+            targets = teacher_features(*(teachers if any(weights) else (None, None)), x, tokenizer.config.grid)
+            aligned, log = _align(c, encoded, alignment, targets, tokenizer.encoder, surgery, weights)
             L_rec, terms = reconstruction(video, x)
             loss = c.reconstruction_weight*(L_rec + c.quantizer_weight*encoded.quantizer_loss) + aligned
         for o in optimizers: o.zero_grad()
-        accelerator.backward(loss)
+        accelerator.backward(loss); bar.update()
         for o in optimizers: o.step()
-        bar.update()
         if (step + 1) % c.log_every == 0 or step + 1 == c.steps:
             psnr = -10*math.log10(terms['l2'].item()); bar.set_postfix(psnr=f'{psnr:.1f}')
             used = (tokenizer.quantizer.used > .01).float().mean().item()
             run.log(step=step + 1, loss=loss.item(), psnr=psnr, quantizer=encoded.quantizer_loss.item(), codes_in_use=used,
-                    **{k: v.item() for k, v in terms.items()}, **log, clips_per_second=c.log_every*c.batch_size/(time.time() - clock))
+                    **{k: v.item() for k, v in (terms | log).items()}, **(surgery.statistics(names) if surgery.decisions else {}), clips_per_second=c.log_every*c.batch_size/(time.time() - clock))
             clock = time.time()
-        if (step + 1) % c.save_every == 0 or step + 1 == c.steps: _save(run, step + 1, c, (tokenizer, alignment), optimizers)
+        if (step + 1) % c.save_every == 0 or step + 1 == c.steps: _save(run, step + 1, c, (tokenizer, alignment, surgery), optimizers)
     bar.close(); tokenizer = tokenizer.cpu().eval(); tokenizer.save_pretrained(run.path/'tokenizer')
     return tokenizer
 
