@@ -152,8 +152,8 @@ def prepare(data:Annotated[str, tyro.conf.Positional], # as for dera audit
 
 # %% ../nbs/19_command_line.ipynb #train-teachers
 def train_teachers(out:str='runs/teachers', # run folder
-                   image_steps:int=1500, # of the image teacher
-                   video_steps:int=2000, # of the video teacher
+                   image_steps:int=2000, # of the image teacher
+                   video_steps:int=1500, # of the video teacher
                    seed:int=0):
     "Train the two pocket teachers that ship with dera."
     from dera.teachers import TeacherConfig, train_teacher
