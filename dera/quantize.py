@@ -114,7 +114,7 @@ class VectorQuantizer(nn.Module):
             z, e = self._scaled(z), self._scaled(self.codebook.clone())
             rows, codes = z.detach().flatten(0, -2), e.detach()
             k = _choose(rows, codes, self.temperature if self.training else 0., not self.normalize)
-            indices = k.view(z.shape[:-1]); code = e[indices]
+            indices = k.view(z.shape[:-1]); code = F.embedding(indices, e)
             loss = F.mse_loss(code, z.detach()) + self.commitment*F.mse_loss(z, code.detach())
             if self.training and self.restart: _restart(self, rows, self._counted(rows, codes, k))
             return Quantized(_straight_through(z, code) if self.training else code, indices, loss)
@@ -126,7 +126,7 @@ class VectorQuantizer(nn.Module):
               ) -> torch.Tensor: # (B, L, D)
         "Code vectors of indices."
         _check_indices(indices, len(self.codebook))
-        return self._scaled(self.codebook)[indices]
+        return F.embedding(indices, self._scaled(self.codebook))
 
     @torch.no_grad()
     def init_from(self, z:torch.Tensor): # (B, L, D) latents of real data

@@ -144,6 +144,16 @@ def test_no_gradient_without_the_trick():
     assert torch.equal(q(z + 1e-4*latents(*z.shape, seed=4)).z, q(z).z) and not q(z.requires_grad_()).z.sub(z).grad_fn is None
 
 @BOTH
+def test_two_threads_give_the_same_codebook_gradient_every_time(cls):
+    "Many rows on few codes: indexing would add them up in the order in which threads arrive."
+    threads = torch.get_num_threads(); q, z = make(cls, 8, 16), latents(64, 256, 16)
+    try:
+        torch.set_num_threads(4); seen = []
+        for _ in range(8): torch.manual_seed(0); out = q.train()(z); seen.append(torch.autograd.grad(out.loss + out.z.pow(2).mean(), q.codebook)[0])
+    finally: torch.set_num_threads(threads)
+    assert all(torch.equal(seen[0], g) for g in seen)
+
+@BOTH
 def test_gradients_reach_encoder_and_codebook(cls):
     q, layer = make(cls, 8, 4), torch.nn.Linear(6, 4); out = q(layer(latents(3, 10, 6))); (out.z.pow(2)[..., 0].mean() + out.loss).backward()
     hit = torch.zeros(8, dtype=torch.bool); hit[out.indices.unique()] = True
