@@ -126,8 +126,8 @@ def _check_config(c):
 _SMALL = dict(restart=True, positions='gaussian', queries='grid', tie=2.)
 _PRESETS = dict(paper={}, tiny=dict(num_frames=8, size=32, patch_t=2, num_appearance=16, num_motion=48, dim=128,
                                     encoder_depth=4, decoder_depth=4, heads=4, codebook_size=512, **_SMALL),
-                pocket=dict(num_frames=16, size=64, num_appearance=64, num_motion=192, dim=256,
-                            encoder_depth=6, decoder_depth=6, heads=8, codebook_size=1024, **_SMALL))
+                pocket=dict(num_frames=16, size=64, num_appearance=64, num_motion=192, dim=160,
+                            encoder_depth=5, decoder_depth=5, heads=5, codebook_size=1024, restart=True))
 
 def _preset_fields(name, tokens, changes):
     "The fields of a preset with some changed."

@@ -19,7 +19,7 @@ from .data import VideoClips
 from .losses import ReconstructionLoss
 from .sacp import SACP, SoftConflict
 from .streams import DeRATokenizer, TokenizerConfig
-from .teachers import load_teacher
+from .teachers import TEACHERS, load_teacher
 from .utils import InputError, RunFolder, load_checkpoint, load_model, save_checkpoint, seed_everything, use_bf16, write_atomic
 
 # %% ../nbs/10_tokenizer_training.ipynb #config
@@ -66,8 +66,9 @@ def _prepare(config, out):
     c = config
     if c.surgery not in ('sacp', 'sum', 'soft'): raise InputError(f'unknown surgery {c.surgery!r}; choose sacp, sum or soft')
     tokenizer_config = TokenizerConfig.preset(c.preset, seed=c.seed)
-    if (tokenizer_config.num_frames, tokenizer_config.size) != (8, 32):
-        raise InputError(f'preset {c.preset!r} cannot be trained yet: the pocket teachers take clips of 8 x 32 x 32; use --preset tiny')
+    for name in filter(None, (c.image_teacher, c.video_teacher)):
+        if name in TEACHERS and TEACHERS[name]['grid'][1:] != tokenizer_config.grid[1:] and c.preset != 'tiny':
+            raise InputError(f"{name} sees a grid of {TEACHERS[name]['grid']} and preset {c.preset!r} has {tokenizer_config.grid}; choose another teacher")
     split = 'train' if (Path(c.data)/'ucfTrainTestlist').is_dir() else None
     dataset = VideoClips(c.data, tokenizer_config.num_frames, tokenizer_config.size, c.sampling, split=split, seed=c.seed,
                          flip=c.flip, cache=True, replace_bad=True, progress=tqdm)
