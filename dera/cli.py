@@ -37,11 +37,11 @@ def demo_command(config): # `dera.demo.Demo`
 
 def train_tokenizer_command(config, # `dera.train_tokenizer.TokenizerTraining`
                             out:str, fresh:bool):
-    "Train a DeRA tokenizer on a folder of videos."
+    "Train a tokenizer on videos; the same command goes on where it stopped."
     from dera.train_tokenizer import train_tokenizer
-    if not config.data: raise InputError('name the videos with --data FOLDER (UCF-101 layout)')
-    if fresh: (Path(out)/'checkpoint.safetensors').unlink(missing_ok=True)
-    train_tokenizer(config, out); print(f'tokenizer saved in {Path(out)/"tokenizer"}')
+    if fresh and int(os.environ.get('RANK', 0)) == 0: (Path(out)/'checkpoint.safetensors').unlink(missing_ok=True)
+    train_tokenizer(config, out)
+    if int(os.environ.get('RANK', 0)) == 0: print(f'tokenizer saved in {Path(out)/"tokenizer"}')
 
 # %% ../nbs/19_command_line.ipynb #reconstruct
 def _writable(file):
@@ -165,6 +165,13 @@ def _demo(args):
     from dera.demo import Demo
     return lambda: demo_command(tyro.cli(Demo, args=args, prog='dera demo', description=demo_command.__doc__))
 
+def _preset(args):
+    "The value of --preset, and what else was said."
+    for i, word in enumerate(args):
+        if word == '--preset' and i + 1 < len(args): return args[i + 1], args[:i] + args[i + 2:]
+        if word.startswith('--preset='): return word.partition('=')[2], args[:i] + args[i + 1:]
+    return 'tiny', args
+
 def _train_tokenizer(args):
     from dera.train_tokenizer import TokenizerTraining
     @dataclass
@@ -172,7 +179,8 @@ def _train_tokenizer(args):
         out: str = 'runs/tokenizer' # run folder
         fresh: bool = False         # start afresh instead of going on from the last checkpoint
     def command():
-        o = vars(tyro.cli(Options, args=args, prog='dera train-tokenizer', description=train_tokenizer_command.__doc__))
+        name, rest = _preset(args); preset = TokenizerTraining.preset(name)
+        o = vars(tyro.cli(Options, args=rest, default=Options(**vars(preset)), prog='dera train-tokenizer', description=train_tokenizer_command.__doc__))
         out, fresh = o.pop('out'), o.pop('fresh'); train_tokenizer_command(TokenizerTraining(**o), out, fresh)
     return command
 

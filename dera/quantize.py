@@ -9,7 +9,7 @@ __all__ = ['codebook_stats', 'Quantized', 'VectorQuantizer', 'StochasticVectorQu
 import math
 from typing import Iterable, NamedTuple, Optional
 
-import torch, torch.nn as nn, torch.nn.functional as F
+import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
 from .utils import InputError
 
 # %% ../nbs/08_quantization.ipynb #check-indices
@@ -53,6 +53,19 @@ def _search(z, codes, u, temperature, scores=2**21):
         x = z[i:i + n]; k[i:i + n] = _pick(x, codes, None if u is None else u[i:i + n], temperature, table[:len(x)])
     return k
 
+# %% ../nbs/08_quantization.ipynb #processes
+def _processes(): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+def _mine(rows, n):
+    "This process's n of the numbers that every process has drawn alike."
+    return rows if len(rows) == n else rows[dist.get_rank()*n:][:n]
+
+def _everyone(rows):
+    "The rows of all processes, in the order of their ranks."
+    if _processes() == 1: return rows
+    parts = [torch.empty_like(rows) for _ in range(_processes())]; dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
 # %% ../nbs/08_quantization.ipynb #search-op
 @torch.library.custom_op('dera::search', mutates_args=())
 def _search_op(z:torch.Tensor, codes:torch.Tensor, u:Optional[torch.Tensor], temperature:float) -> torch.Tensor:
@@ -66,7 +79,7 @@ def _choose(z, codes, temperature, euclidean=False): # 0 takes the nearest, else
     "Index of a code for each latent, in whatever way the graph needs it."
     if euclidean: # the nearest has the largest z.e - |e|^2/2
         z, codes = F.pad(z, (0, 1), value=1.), torch.cat([codes, -.5*codes.pow(2).sum(-1, keepdim=True)], -1)
-    u = 1 - torch.rand(len(z), dtype=z.dtype, device=z.device) if temperature else None
+    u = _mine(1 - torch.rand(len(z)*_processes(), dtype=z.dtype, device=z.device), len(z)) if temperature else None
     if torch.compiler.is_exporting(): return _pick(z, codes, u, temperature) # plain operations: the file needs no dera
     return (_search_op if torch.compiler.is_compiling() else _search)(z, codes, u, temperature)
 
@@ -74,9 +87,10 @@ def _choose(z, codes, temperature, euclidean=False): # 0 takes the nearest, else
 @torch.no_grad()
 def _restart(quantizer, z, indices): # (N, D), (N,)
     "Move codes that were nearest to no latent for `patience` steps to latents of this batch."
-    hit = torch.zeros_like(quantizer.used).index_fill_(0, indices, 1.)
-    quantizer.used.copy_(torch.maximum(hit, quantizer.used*.01**(1/(quantizer.patience - .5))))
-    dead, rows = quantizer.used < .01, torch.randint(len(z), (len(hit),), device=z.device)
+    z = _everyone(z); sound = z.isfinite().all()
+    hit = _everyone(torch.zeros_like(quantizer.used).index_fill_(0, indices, 1.)[None]).amax(0)
+    quantizer.used.copy_(torch.where(sound, torch.maximum(hit, quantizer.used*.01**(1/(quantizer.patience - .5))), quantizer.used))
+    dead, rows = sound & (quantizer.used < .01), torch.randint(len(z), (len(hit),), device=z.device)
     quantizer.codebook.copy_(torch.where(dead[:, None], z[rows], quantizer.codebook))
     quantizer.used.masked_fill_(dead, 1.)
 
@@ -131,7 +145,7 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def init_from(self, z:torch.Tensor): # (B, L, D) latents of real data
         "Start the codes at latents, with a little noise."
-        z, K = self._scaled(z).flatten(0, -2), len(self.codebook)
+        z, K = _everyone(self._scaled(z).flatten(0, -2)), len(self.codebook)
         rows = torch.randperm(len(z), device=z.device).repeat(math.ceil(K/len(z)))[:K]
         self.codebook.copy_(self._scaled(z[rows] + .02*torch.randn_like(z[rows]))); self.used.fill_(1)
 

@@ -123,9 +123,8 @@ def _check_config(c):
         if wrong: raise InputError(complaint)
 
 # %% ../nbs/03_query_tokenization.ipynb #presets
-_SMALL = dict(restart=True, positions='gaussian', queries='grid', tie=2.)
 _PRESETS = dict(paper={}, tiny=dict(num_frames=8, size=32, patch_t=2, num_appearance=16, num_motion=48, dim=128,
-                                    encoder_depth=4, decoder_depth=4, heads=4, codebook_size=512, **_SMALL),
+                                    encoder_depth=4, decoder_depth=4, heads=4, codebook_size=512, restart=True),
                 pocket=dict(num_frames=16, size=64, num_appearance=64, num_motion=192, dim=160,
                             encoder_depth=5, decoder_depth=5, heads=5, codebook_size=1024, restart=True))
 

@@ -7,7 +7,7 @@ from dera.pocket import render, sample_factors, write_dataset
 from dera.query import QueryTokenizer
 from dera.streams import DeRATokenizer, TokenizerConfig
 from dera.teachers import load_teacher
-from dera.train_tokenizer import TokenizerTraining, train_tokenizer
+from dera.train_tokenizer import TIMES, TokenizerTraining, train_tokenizer
 from dera.utils import InputError, RunFolder, load_model
 
 TINY = TokenizerConfig.preset('tiny')
@@ -174,7 +174,7 @@ def data(tmp_path_factory):
 def train(data, out, stop_after=None, **changes):
     "Six steps; the log without what depends on the clock."
     config = TokenizerTraining(**dict(data=data, steps=6, batch_size=4, quantizer_start=3, warmup=2, log_every=1, save_every=1, projector_hidden=32) | changes)
-    train_tokenizer(config, out, stop_after=stop_after); return [{k: v for k, v in h.items() if k != 'clips_per_second'} for h in RunFolder(out).history()]
+    train_tokenizer(config, out, stop_after=stop_after); return [{k: v for k, v in h.items() if k not in TIMES} for h in RunFolder(out).history()]
 
 def test_stages_and_teachers_in_training(tmp_path, data):
     two = train(data, tmp_path/'two', align_share=.5, align_layer=2); both = train(data, tmp_path/'both')
