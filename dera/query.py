@@ -124,7 +124,8 @@ def _check_config(c):
 
 # %% ../nbs/03_query_tokenization.ipynb #presets
 _PRESETS = dict(paper={}, tiny=dict(num_frames=8, size=32, patch_t=2, num_appearance=16, num_motion=48, dim=128,
-                                    encoder_depth=4, decoder_depth=4, heads=4, codebook_size=512, restart=True),
+                                    encoder_depth=4, decoder_depth=4, heads=4, codebook_size=512, restart=True,
+                                    positions='gaussian', queries='grid'),
                 pocket=dict(num_frames=16, size=64, num_appearance=64, num_motion=192, dim=160,
                             encoder_depth=5, decoder_depth=5, heads=5, codebook_size=1024, restart=True))
 

@@ -71,8 +71,9 @@ TEACHERS = {
     'vit_base_patch14_dinov2.lvd142m': _facts('timm', *_IMAGE, 224, (1, 16, 16), 768, 12, 'timm/vit_base_patch14_dinov2.lvd142m', 'Apache-2.0'),
     'vit_small_patch14_dinov2.lvd142m': _facts('timm', *_IMAGE, 224, (1, 16, 16), 384, 12, 'timm/vit_small_patch14_dinov2.lvd142m', 'Apache-2.0'),
     'internvideo2-b14': _facts('internvideo2', 'video', 4, 224, (4, 16, 16), 768, 12, 'OpenGVLab/InternVideo2_distillation_models', 'Apache-2.0 for the code, none stated with the weights'),
-    'vjepa2-vitl-fpc64-256': _facts('vjepa2', *_VIDEO, 256, (4, 16, 16), 1024, 24, 'facebook/vjepa2-vitl-fpc64-256', 'MIT, parts Apache-2.0, for the code; see the model page'),
+    'vjepa2-vitl-fpc64-256': _facts('vjepa2', *_VIDEO, 256, (4, 16, 16), 1024, 24, 'facebook/vjepa2-vitl-fpc64-256', 'MIT'),
     'videomae-base': _facts('videomae', *_VIDEO, 256, (4, 16, 16), 768, 12, 'MCG-NJU/videomae-base', 'CC BY-NC 4.0'),
+    'videomaev2-base': _facts('videomaev2', *_VIDEO, 256, (4, 16, 16), 768, 12, 'OpenGVLab/VideoMAEv2-Base', 'CC BY-NC 4.0'),
     'pocket-image': _facts('pocket', *_IMAGE, 32, (1, 4, 4), 96, 4, 'dera', 'Apache-2.0'),
     'pocket-video': _facts('pocket', 'video', 8, 32, (4, 4, 4), 96, 4, 'dera', 'Apache-2.0'),
     'pocket64-image': _facts('pocket', *_IMAGE, 64, (1, 8, 8), 192, 4, 'dera', 'Apache-2.0'),
@@ -114,7 +115,7 @@ def _videomae_tokens(model, x, layer):
 def _build_videomae(name, facts):
     from transformers import VideoMAEConfig, VideoMAEModel
     from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    model = VideoMAEModel(VideoMAEConfig(use_mean_pooling=False)); e, side = model.embeddings, facts['size']//16
+    model = VideoMAEModel(VideoMAEConfig(use_mean_pooling=False, layer_norm_eps=1e-6 if facts['family'] == 'videomaev2' else 1e-12)); e, side = model.embeddings, facts['size']//16
     table = e.position_embeddings.view(8, 14, 14, -1).permute(0, 3, 1, 2)
     e.position_embeddings = F.interpolate(table, (side, side), mode='bicubic').permute(0, 2, 3, 1).reshape(1, 8*side*side, -1)
     e.patch_embeddings.image_size = (facts['size'],)*2
@@ -190,8 +191,23 @@ def _resize_positions(table, prefix, grid, wanted):
 _HEADS = 'predictor.', 'decoder.', 'encoder_to_decoder.', 'mask_token', 'clip_pos_embed', 'clip_projector.', 'clip_decoder.', 'final_clip_decoder.', 'fc_norm.', 'head.'
 _PREFIX = dict(vjepa2='encoder.', videomae='videomae.')
 
+_VIDEOMAE2 = {'patch_embed.proj.': 'embeddings.patch_embeddings.projection.', 'blocks.': 'encoder.layer.', 'attn.proj.': 'attention.output.dense.', 'attn.q_bias': 'attention.attention.q_bias',
+              'attn.v_bias': 'attention.attention.v_bias', 'norm1.': 'layernorm_before.', 'norm2.': 'layernorm_after.', 'mlp.fc1.': 'intermediate.dense.', 'mlp.fc2.': 'output.dense.', 'fc_norm.': 'layernorm.'}
+
+def _from_videomaev2(state):
+    "VideoMAE v2's tensors under VideoMAE's names; query, key and value come in one matrix."
+    out = {}
+    for k, v in state.items():
+        k = k.removeprefix('model.')
+        for ours, theirs in _VIDEOMAE2.items(): k = k.replace(ours, theirs)
+        if k.endswith('attn.qkv.weight'): out |= {k.replace('attn.qkv', f'attention.attention.{n}'): part for n, part in zip(('query', 'key', 'value'), v.chunk(3))}
+        else: out[k] = v
+    return out
+
+# %% ../nbs/05_foundation_models.ipynb #published-as-ours
 def _published(state, facts):
     "Published tensors under our names: heads dropped, prefix removed, positions resized."
+    if facts['family'] == 'videomaev2': state = _from_videomaev2(state)
     prefix, grid = _PREFIX.get(facts['family'], ''), facts['grid']
     state = {k.removeprefix(prefix).replace('.q_bias', '.query.bias').replace('.v_bias', '.value.bias'): v for k, v in state.items() if not k.startswith(_HEADS)}
     if 'pos_embed' in state:
@@ -275,19 +291,26 @@ def _pocket_tokens(model, x, layer): return model(x, layer)
 def _build_pocket(name, facts):
     return PocketTeacher(facts['modality'], facts['dim'], facts['depth'], facts['dim']//(24 if facts['size'] == 32 else 32), facts['size']), _pocket_tokens, _MEAN, _STD
 
+# %% ../nbs/05_foundation_models.ipynb #known
+def _known(name):
+    "The key of `TEACHERS` that is meant: the address of its weights, its family or an unambiguous beginning will do."
+    plain = lambda s: ''.join(c for c in s.lower() if c.isalnum())
+    fits = [k for k, f in TEACHERS.items() if plain(name) in (plain(k), plain(f['repo']), f['family'])] or [k for k in TEACHERS if plain(k).startswith(plain(name))]
+    if len(fits) != 1: raise InputError(f'unknown teacher {name!r}; choose one of {", ".join(TEACHERS)}')
+    return fits[0]
+
 # %% ../nbs/05_foundation_models.ipynb #load-teacher
-def load_teacher(name:str, # a key of `TEACHERS`
+def load_teacher(name:str, # a key of `TEACHERS`; its address on the hub or an unambiguous beginning will do
                  pretrained:bool=True, # False: random weights
                  weights:str|Path|None=None, # safetensors file, or folder of a pocket teacher; default: see above
                  layer:int|None=None, # tokens as they leave this block, from 1; default: last layer, after its norm
                  bf16:bool=False # compute in bfloat16
                 ) -> Teacher:
     "A frozen teacher in evaluation mode."
-    if name not in TEACHERS: raise InputError(f'unknown teacher {name!r}; choose one of {", ".join(TEACHERS)}')
-    facts = TEACHERS[name]; pocket = facts['family'] == 'pocket'
+    name = _known(name); facts = TEACHERS[name]; pocket = facts['family'] == 'pocket'
     if layer is not None and not 1 <= layer <= facts['depth']: raise InputError(f'{name} has layers 1 to {facts["depth"]}; {layer} is none of them')
     file = _find_weights(name, facts, weights) if pretrained and not pocket else None
-    build = dict(timm=_build_timm, vjepa2=_build_vjepa2, videomae=_build_videomae, internvideo2=_build_internvideo2, pocket=_build_pocket)[facts['family']]
+    build = dict(timm=_build_timm, vjepa2=_build_vjepa2, videomae=_build_videomae, videomaev2=_build_videomae, internvideo2=_build_internvideo2, pocket=_build_pocket)[facts['family']]
     model, tokens, mean, std = build(name, facts)
     if pretrained and pocket: model = load_model(PocketTeacher, weights or checkpoint_path(f'{name}-teacher'))
     elif pretrained: _load_strict(model, load_file(file), facts, file)

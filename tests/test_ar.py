@@ -1,10 +1,12 @@
 "The generator and its training, where it crosses notebooks, processes and libraries."
-import itertools, json, os, signal, subprocess, sys, time
+import copy, gc, itertools, json, os, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np, pytest, torch, torch.nn as nn
-from dera.ar import Block, Generator, GeneratorConfig, choose_tokens
+import numpy as np, pytest, torch, torch.nn as nn, torch.nn.functional as F
+from dera import ar
+from dera.ar import Block, Generator, GeneratorConfig, choose_tokens, frame_prefix
 from dera.train_ar import ARConfig, fingerprint, load_tokens, tokenize_dataset, train_from_videos, train_generator
 from dera.utils import InputError, RunFolder, load_checkpoint, save_checkpoint
 
@@ -54,14 +56,106 @@ def test_later_tokens_never_change_earlier_logits(prefix):
         assert (changed[:i + 1] == 0).all() and (changed[i + 1:] > 0).all(), i
 
 
+@pytest.mark.parametrize('size,total', [('pocket', 10_691_200), ('343M', 326_261_760), ('632M', 631_975_680)])
+def test_sizes_have_the_parameters_that_their_shape_says(size, total):
+    c = GeneratorConfig.preset(size); D, H = c.dim, -(-(8*c.dim//3)//c.multiple)*c.multiple
+    with torch.device('meta'): g = Generator(c)
+    tables = sum(p.numel() for m in (g.tokens, g.head, g.classes) for p in m.parameters()) + g.positions.numel() + D
+    assert tables == (2*c.vocab_size + c.num_tokens + c.num_classes + 2)*D
+    assert sum(p.numel() for p in g.parameters()) == c.depth*(4*D*D + 3*D*H + 2*D) + tables == total
+    assert size == 'pocket' or (c.depth, c.dim, c.heads, c.vocab_size, c.num_tokens) == dict([('343M', (24, 1024, 16, 8192, 1024)), ('632M', (30, 1280, 20, 8192, 1024))])[size]
+
+
+def test_loss_is_cross_entropy_of_every_token_and_starts_at_log_v():
+    for g, given in ((small(), dict(labels=torch.tensor([1, 6, 7]))), (small(prefix_tokens=6), dict(prefix=torch.randint(50, (3, 6))))):
+        y = torch.randint(50, (3, 20)); p = g(y, **given).double().softmax(-1)
+        by_hand = -sum(p[b, i, y[b, i]].log() for b in range(3) for i in range(20))/60
+        assert abs(g.loss(y, **given) - by_hand) < 1e-5
+        nn.init.zeros_(g.head.weight); assert abs(g.loss(y, **given) - np.log(50)) < 1e-6
+    assert (Generator(GeneratorConfig(**SMALL)).head.weight == 0).all()
+
+
+def test_dropout_is_off_in_eval_and_sits_on_tokens_attention_and_feed_forward():
+    g, y, label = small(), torch.randint(50, (2, 20)), torch.tensor([1, 6])
+    assert torch.equal(g(y, label), g(y, label)); g.train(); assert not torch.allclose(g(y, label), g(y, label), atol=1e-3)
+    g, x = small(dropout=1., class_dropout=0.).train(), torch.randn(2, 5, 32)                 # everything that can be dropped is
+    assert torch.equal(g.blocks[0](x), x) and not torch.allclose(g.eval().blocks[0](x), x, atol=1e-3)
+    bare = g.head(g.norm(g.positions)); assert torch.allclose(g.train()(y, label), bare.expand(2, -1, -1), atol=1e-6)   # positions are not
+
+
+def test_class_dropout_hides_the_class_in_training_only():
+    g, many = small(class_dropout=.3).train(), torch.full((5000,), 3)
+    hidden = (g.condition(many)[:, 0] == g.classes.weight[7]).all(1).float().mean(); assert .27 < hidden < .33
+    assert torch.equal(g.eval().condition(many)[:, 0], g.classes.weight[3].expand(5000, -1))
+
+
+@pytest.mark.parametrize('prefix', [0, 6])
+def test_there_is_no_padding(prefix):
+    "One logit row for each token, none for a filler; a shorter sequence is the beginning of a longer one; no code is reserved."
+    g = small(prefix_tokens=prefix); y = torch.randint(50, (2, 20))
+    given = dict(prefix=torch.randint(50, (2, prefix))) if prefix else dict(labels=torch.tensor([1, 6]))
+    whole = g(y, **given); assert whole.shape == (2, 20, 50) and len(g.positions) == prefix + 20 and g.tokens.num_embeddings == 50 + bool(prefix)
+    for n in (1, 7, 19): assert torch.allclose(g(y[:, :n], **given), whole[:, :n], atol=1e-5)
+
+
 @pytest.mark.parametrize('prefix,dtype', [(0, torch.float32), (6, torch.float32), (0, torch.float64)])
 def test_cache_equals_no_cache(prefix, dtype):
+    "The plain step and the fast one, at every position, with whatever was in the memory before."
     g = small(prefix_tokens=prefix).to(dtype); y = torch.randint(50, (3, 20))
     given = dict(prefix=torch.randint(50, (3, prefix))) if prefix else dict(labels=torch.tensor([1, 6, 7])) # 7: no class
     logits, cache, x, start = g(y, **given), g.new_cache(3).fill_(torch.nan), g.condition(**given), 0
+    decoder = ar._decoder(g, 3); decoder.cache.fill_(torch.nan)
+    if prefix: g.step(x[:, :-1], 0, decoder.cache)
     for i in range(20):
         assert torch.allclose(g.step(x, start, cache), logits[:, i], atol=1e-4), i
-        x, start = g.tokens(y[:, i:i + 1]), start + x.shape[1]
+        start += x.shape[1]
+        with torch.inference_mode(): assert torch.allclose(decoder.step(x[:, -1] + g.positions[start - 1], start - 1), logits[:, i], atol=1e-4), i
+        x = g.tokens(y[:, i:i + 1])
+
+
+def test_captured_steps_equal_uncached_ones(monkeypatch):
+    "What a GPU replays: fixed shapes, a mask, the position in a tensor; here recorded and replayed without a GPU."
+    class Recorded:
+        def __init__(self, run): self.run, self.result = run, run().clone()
+        def replay(self): self.result.copy_(self.run())
+    recorded = []
+    def capture(run): recorded.append(Recorded(run)); return recorded[-1], recorded[-1].result
+    monkeypatch.setattr(ar, '_capture', capture)
+    g = small(num_tokens=150); y, label = torch.randint(50, (3, 150)), torch.tensor([1, 6, 7]); x = g.condition(label)[:, 0]
+    with torch.inference_mode():
+        decoder, logits = ar._decoder(g, 3), g(y, label); decoder.cache.normal_()
+        for i in range(150):
+            assert torch.allclose(decoder._replay(x + g.positions[i], i), logits[:, i], atol=1e-4), i
+            x = g.tokens(y[:, i])
+    assert len(recorded) == 2 and sorted(decoder.graphs) == [(3, 128), (3, 150)]
+
+
+def test_the_step_works_without_packed_weights_and_drops_packed_ones(monkeypatch):
+    g, labels, linear, packed = small(), torch.arange(7), ar._linear, []; greedy = g.generate(labels, temperature=0, guidance=2.)
+    assert g._decoder.weights == []                                        # copies of the weights do not outlive the call
+    def unsupported(weight, rows): raise RuntimeError('no such layout')
+    monkeypatch.setattr(torch.ops.mkldnn, '_reorder_linear_weight', unsupported, raising=False)
+    monkeypatch.setattr(ar, '_linear', lambda x, weight: (packed.append(weight.is_mkldnn), linear(x, weight))[1])
+    assert torch.equal(g.generate(labels, temperature=0, guidance=2.), greedy) and packed and not any(packed)
+
+
+def test_a_compiled_step_writes_the_same_tokens(monkeypatch):
+    "Traced by torch.compile, run without the code generator, which needs a C++ compiler."
+    whole, calls = torch.compile, []
+    monkeypatch.setattr(torch, 'compile', lambda f: calls.append(f) or whole(f, backend='eager'))
+    g, labels = small(num_tokens=6), torch.arange(7); greedy = g.generate(labels, temperature=0, guidance=2.)
+    assert torch.equal(g.generate(labels, temperature=0, guidance=2., compile=True), greedy) and calls == [ar._decode_layer]
+
+
+def test_the_memory_is_used_again_and_never_stale():
+    g, labels = small(), torch.arange(7); first = g.generate(labels, seed=1); kept = g._decoder
+    g.generate(labels[:2], seed=5); assert torch.equal(g.generate(labels, seed=1), first) and g._decoder is kept
+    assert copy.deepcopy(g)._decoder is None and set(g.state_dict()) == set(small().state_dict())
+    with torch.no_grad(): g.head.weight.copy_(-g.head.weight)
+    assert not torch.equal(g.generate(labels, seed=1), first)
+    g.head.weight.data = -g.head.weight.data; assert torch.equal(g.generate(labels, seed=1), first) and g._decoder is kept
+    low = copy.deepcopy(g).bfloat16().generate(labels, seed=1); assert low.shape == first.shape
+    assert torch.equal(g.generate(labels.repeat(3), seed=[*range(1, 8)]*3), first.repeat(3, 1)) and g._decoder is not kept
 
 
 @pytest.mark.parametrize('guidance', [1., 2.5])
@@ -86,6 +180,72 @@ def test_a_sample_depends_on_its_seed_alone(options):
     same = g.generate([3]*20, seed=0, **options); assert len(same.unique(dim=0)) > 10
 
 
+def test_guidance_only_in_its_interval():
+    g, labels = small(), torch.arange(7).repeat(4); run = lambda **options: g.generate(labels, **{**dict(seed=3, guidance=6.), **options})
+    plain, every = run(guidance=1.), run()
+    assert torch.equal(run(guidance_interval=(0, 20)), every) and torch.equal(run(guidance_interval=(5, 5)), plain) and not torch.equal(plain, every)
+    some = run(guidance_interval=(5, 15)); assert torch.equal(some[:, :5], plain[:, :5]) and not torch.equal(some[:, 5:], plain[:, 5:])
+    greedy = run(temperature=0, guidance_interval=(5, 15)); scale = torch.ones(20, 1); scale[5:15] = 6
+    given, none = g(greedy, labels), g(greedy, torch.full_like(labels, 7)); assert torch.equal((none + scale*(given - none)).argmax(-1), greedy)
+    for wrong in ((-1, 5), (6, 5), (0, 21)):
+        with pytest.raises(InputError, match='guidance_interval'): run(guidance_interval=wrong)
+
+
+RANK = '''
+import sys, torch; sys.path.insert(0, {tests!r}); import test_ar as t; from safetensors.torch import save_file
+torch.set_num_threads(1); rank, rows = int(sys.argv[1]), torch.arange(9)[int(sys.argv[1])::2]
+save_file(dict(y=t.small().generate(rows % 7, guidance=2., top_k=20, seed=(40 + rows).tolist(), batch_size=2)), sys.argv[2])
+'''
+
+
+def test_samples_do_not_depend_on_the_number_of_processes(tmp_path):
+    from safetensors.torch import load_file
+    (tmp_path/'rank.py').write_text(RANK.format(tests=str(Path(__file__).parent)))
+    subprocess.run([sys.executable, tmp_path/'rank.py', '1', tmp_path/'1.safetensors'], check=True, timeout=200,
+                   env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})
+    whole = small().generate(torch.arange(9) % 7, guidance=2., top_k=20, seed=40)
+    assert torch.equal(load_file(tmp_path/'1.safetensors')['y'], whole[1::2])
+
+
+def test_interrupted_generation_keeps_finished_batches():
+    g, labels, done, ticks = small(), torch.arange(7), [], []
+    def bar(it, **about):
+        assert len(it) == 7*20 and about['unit'] == 'token'                # one tick a token of a clip: the bar shows tokens a second
+        for i in it:
+            if len(ticks) == 4*20 + 11: raise KeyboardInterrupt
+            ticks.append(i); yield i
+    with pytest.raises(KeyboardInterrupt):
+        for rows, y in g.train().generate_batches(labels, batch_size=2, seed=9, progress=bar): done.append((rows.tolist(), y))
+    assert g.training and [rows for rows, _ in done] == [[0, 1], [2, 3]]
+    assert torch.equal(torch.cat([y for _, y in done]), g.generate(labels, seed=9)[:4])
+    count = []; g.generate(labels, batch_size=3, guidance=2., progress=lambda it, **_: (count.append(i) or i for i in it)); assert count == [*range(140)]
+
+
+def test_any_number_of_known_frames_gives_one_prefix():
+    class Frames:                                                          # a tokenizer that writes down each frame's mean
+        config = SimpleNamespace(num_frames=5)
+        def encode(self, video): return SimpleNamespace(indices=(video.mean((1, 3, 4))*49).long().repeat_interleave(4, 1))
+    video = torch.rand(2, 3, 5, 1, 1).expand(-1, -1, -1, 4, 4); tokens = Frames().encode(video).indices; g = small(prefix_tokens=20)
+    for t in (1, 2, 3, 4, 5):
+        prefix = frame_prefix(Frames(), video[:, :, :t]); assert torch.equal(prefix[:, :4*t], tokens[:, :4*t]) and prefix.shape == (2, 20)
+        assert torch.equal(prefix[:, 4*t - 4:].view(2, -1, 4), tokens[:, None, 4*t - 4:4*t].expand(-1, 6 - t, -1))
+        y = g.generate(prefix=prefix, temperature=0); naive = torch.zeros(2, 20, dtype=torch.long)
+        for i in range(20): naive[:, i] = g(naive[:, :i + 1], prefix=prefix)[:, i].argmax(-1)
+        assert torch.equal(y, naive)
+    for wrong in (video[:, :, :0], video.repeat(1, 1, 2, 1, 1)):
+        with pytest.raises(InputError, match='known frames'): frame_prefix(Frames(), wrong)
+
+
+def test_frame_prediction_refuses_guidance_and_foreign_conditions_in_one_line():
+    g, prefix = small(prefix_tokens=6), torch.randint(50, (2, 6))
+    for wrong, word in ((dict(prefix=prefix, guidance=2.), 'guidance'), (dict(prefix=prefix[:, :5]), 'prefix'), (dict(labels=[1]), 'prefix'),
+                        (dict(prefix=prefix, labels=[1, 2]), 'prefix'), (dict(), 'prefix')):
+        with pytest.raises(InputError, match=word) as caught: g.generate(**wrong)
+        assert '\n' not in str(caught.value)
+    assert g.generate(prefix=prefix, seed=3).max() < 50                    # the separator is never written
+    assert torch.equal(g.generate(prefix=prefix[1:], seed=4), g.generate(prefix=prefix, seed=3)[1:])
+
+
 def test_samples_follow_the_model():
     "Frequencies of the first two tokens over many seeds against exact probabilities."
     g = small(vocab_size=4, num_tokens=2); n = 8000
@@ -97,8 +257,15 @@ def test_samples_follow_the_model():
 
 
 def test_no_probabilities_are_kept():
-    "A step keeps one token a sample: what generate returns shares no memory with a (B, L, V) tensor."
-    y = small().generate([1, 2]); assert y.shape == (2, 20) and y.dtype == torch.int64 and y.untyped_storage().nbytes() == 2*20*8
+    "As many tensors of the size of the vocabulary are alive after the last step as after the third; the result is tokens alone."
+    alive = []
+    def count(it, **_):
+        for i in it:
+            if i in (7, 39): alive.append(sum(type(o) is torch.Tensor and o.shape == (2, 50) for o in gc.get_objects()))
+            yield i
+    y = small().generate([1, 2], progress=count); assert y.shape == (2, 20) and y.dtype == torch.int64 and y.untyped_storage().nbytes() == 2*20*8
+    assert len(alive) == 2 and alive[1] <= alive[0]
+    y.sum(); F.embedding(y, nn.Parameter(torch.zeros(50, 1))).sum().backward()   # an ordinary tensor, fit for training
 
 
 def test_top_p_of_ties_and_extremes():

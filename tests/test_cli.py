@@ -52,7 +52,7 @@ def test_training_mistakes(data, tmp_path):
     out, one = tmp_path/'out', tmp_path/'one'; (tmp_path/'none').mkdir(); one.mkdir()
     for i in range(3): write_video(one/f'{i}.mp4', render(sample_factors(1, seed=i), 8, 32)[0])
     train = lambda *words: dera('train-tokenizer', '--out', out, *words)
-    refused(train('--data', tmp_path/'none'), 'none'); refused(train('--data', one), 'one class')
+    refused(train('--data', tmp_path/'none'), 'none'); refused(train('--data', one), 'larger than the 3')
     refused(train('--data', data, '--preset', 'huge'), 'huge', 'tiny'); refused(train('--data', data, '--batch-size', 500), '500', '48')
     refused(train(), '--data'); assert not (out/'config.json').exists()
 

@@ -1,11 +1,13 @@
 "Each metric against a float64 reference, an oracle library or a known answer; and what each must refuse."
-import json, math
+import base64, hashlib, json, math, re, shutil, warnings
+from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np, pytest, scipy.linalg, scipy.ndimage, torch
+import numpy as np, pytest, scipy.linalg, scipy.ndimage, torch, torch.nn.functional as F
 from torch import nn
+from dera import metrics
 from dera.metrics import *
-from dera.pocket import CLASSES, render, sample_factors
+from dera.pocket import CLASSES, Factors, render, sample_factors
 from dera.utils import InputError, checkpoint_path
 
 
@@ -320,3 +322,346 @@ def test_classifier_refuses(tmp_path):
     (tmp_path/'file').write_text('')
     with pytest.raises(InputError): train_factor_classifier(steps=1, out=tmp_path/'file'/'x')
     assert len(CLASSES) == 112
+
+
+# --- extractors, protocols, kept statistics
+
+def test_ssim_and_lpips_per_clip_average_to_the_whole():
+    a, b = clips(3), clips(3, seed=1)
+    each = ssim(a, b, per_clip=True)
+    assert each.dtype == torch.float64 and each.mean().item() == pytest.approx(ssim(a, b), rel=1e-12)
+    assert each[1].item() == pytest.approx(ssim(a[1:2], b[1:2]), rel=1e-9)
+
+def test_frechet_keeps_digits_where_sqrtm_loses_them():
+    "Tr sqrt(AB) of thin covariances is the nuclear norm of their factors' product; here sqrtm has lost half of its digits, in older SciPy all."
+    d, rank = 200, 4; x, y = (torch.randn(rank, d, generator=gen(s), dtype=torch.float64) for s in (1, 2))
+    a, b, zero = x.T@x, y.T@y, torch.zeros(d)
+    truth = (a.trace() + b.trace() - 2*torch.linalg.svdvals(x@y.T).sum()).item()
+    with np.errstate(all='ignore'): root = scipy.linalg.sqrtm((a@b).numpy())
+    theirs = abs((a.trace() + b.trace()).item() - 2*np.trace(root).real - truth)/truth
+    assert abs(frechet_distance(zero, a, zero, b) - truth)/truth < 1e-12 and not theirs < 1e-9
+
+class Stand(nn.Module):
+    def forward(self, x, rescale: bool, resize: bool, return_features: bool):
+        if rescale or not resize or not return_features: raise ValueError('not as the protocol calls it')
+        return x.mean((2, 3, 4))
+
+@pytest.fixture(scope='module')
+def i3d_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp('i3d')/'i3d.pt'
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); torch.jit.script(Stand()).save(str(path))
+    return path
+
+def test_i3d_gets_minus_one_to_one_and_only_i3d_is_called_fvd(i3d_file):
+    digest = hashlib.sha256(i3d_file.read_bytes()).hexdigest(); net = load_i3d(i3d_file, sha256=digest); x = clips(8, t=10)
+    assert torch.allclose(net(x), (2*x - 1).mean((2, 3, 4)), atol=1e-6) and net.name == f'i3d@{digest[:8]}'
+    score = FrechetVideoDistance(net); score.update(x, clips(8, t=10, seed=1)); score.compute()
+    with pytest.raises(InputError, match='10 frames or more'): net(clips(t=9))
+    assert score.name == f'FVD[i3d@{digest[:8]}]'
+    assert 'FVD' not in FrechetVideoDistance(load_extractor('pocket-video')).name
+
+def test_i3d_of_another_hash_is_never_opened(i3d_file, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.jit, 'load', lambda *a, **k: pytest.fail('opened'))
+    with pytest.raises(InputError, match='code and is not opened'): load_i3d(i3d_file)
+    monkeypatch.setenv('DERA_I3D', str(i3d_file))
+    with pytest.raises(InputError, match='SHA-256'): load_extractor('i3d')
+    monkeypatch.setenv('DERA_I3D', str(tmp_path/'absent.pt'))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda *a, **k: pytest.fail('downloaded without being asked'))
+    with pytest.raises(InputError, match='fetch https') as e: load_extractor('i3d')
+    assert '\n' not in str(e.value)
+
+def test_i3d_download_is_checked(i3d_file, monkeypatch, tmp_path):
+    def fetch(url, to, prefix): assert 'i3d_torchscript' in url and prefix == 'bec6519f66ea534e'; shutil.copy(i3d_file, to)
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', fetch)
+    with pytest.raises(InputError, match='not bec6519f'): load_i3d(tmp_path/'x'/'i3d.pt', download=True)
+    def broken(*a): raise OSError('no network\nmore')
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', broken)
+    with pytest.raises(InputError, match='could not be fetched .no network.'): load_i3d(tmp_path/'y.pt', download=True)
+
+def test_extractor_of_a_teacher_is_its_mean_token():
+    from dera.teachers import load_teacher
+    x = render(sample_factors(5, 1), 8, 32); e, t = load_extractor('pocket-video'), load_teacher('pocket-video')
+    assert torch.allclose(e(x), t(x).mean(1), atol=1e-6) and e.name == f'pocket-video@{t.fingerprint}'
+    for bad in 'fvd', 'pocket-image': # an image teacher sees no motion
+        with pytest.raises(InputError, match='choose i3d or'): load_extractor(bad)
+    with pytest.raises(InputError, match='no weights for videomae-base|safetensors'): load_extractor('videomae', path='nowhere')
+
+@pytest.mark.parametrize('change', [dict(t=5), dict(size=24)], ids=str)
+def test_sets_of_other_clips_are_refused(change):
+    score = FrechetVideoDistance(Tokens()); score.update(real=clips(20))
+    with pytest.raises(InputError, match='fake has clips of shape'): score.update(fake=clips(20, **change))
+
+def test_constant_clips_are_refused():
+    score = FrechetVideoDistance(Tokens())
+    with pytest.raises(InputError, match='real: every pixel'): score.update(real=torch.zeros(3, 3, 4, 16, 16))
+    score.update(real=clips(20), fake=clips(1).expand(20, -1, -1, -1, -1))
+    with pytest.raises(InputError, match='all fake clips have the same features'): score.compute()
+    one = clips(4); one[0] = 0; score.update(real=one)                                    # a black clip among others is no mistake
+
+def test_features_of_two_extractors_are_never_mixed():
+    a, b = FrechetVideoDistance(Tokens(), 'one'), FrechetVideoDistance(Tokens(), 'two')
+    for s in a, b: s.update(clips(20), clips(20, seed=1))
+    with pytest.raises(InputError, match='one and of two'): a.real.merge(b.real)
+    a.fake = b.fake
+    with pytest.raises(InputError, match='use one extractor'): a.compute()
+    wide = GaussianStats().update(torch.rand(20, 13, generator=gen())); a.fake = wide
+    with pytest.raises(InputError, match='12 and 13'): a.compute()
+
+def test_protocols_are_those_of_the_papers():
+    r, g, h, k = (PROTOCOLS[n] for n in ('larp-rfvd', 'larp-gfvd', 'heldout', 'k600-fp'))
+    assert (r.split, r.sampling, r.samples, r.num_frames, r.size) == ('train', 'native', 9537, 16, 128)
+    assert (g.split, g.sampling, g.samples) == ('train', 'all', 10000) and h.split == 'test'
+    assert (k.score_size, k.samples, k.given, k.num_frames) == (64, 50000, 5, 16)
+
+def test_a_changed_protocol_says_so_and_a_line_has_everything():
+    p = protocol('larp-rfvd', size=64, seed=5); e = load_extractor('pocket-video')
+    assert p.name == 'larp-rfvd changed in size' and p.change(num_frames=8).name == 'larp-rfvd changed in num_frames, size'
+    assert p.change(size=64) == p and PROTOCOLS['larp-rfvd'].name == 'larp-rfvd'
+    line = p.describe(e, 100, 90)
+    for part in e.name, '64', 'antialias', '16 frames', 'stride 1', 'native', 'split train', '100 real', '90 fake', 'seed 5', '32 x 32': assert part in line, part
+    lines = {p.change(**c).describe(e, 100, 90) for c in ({}, dict(size=65), dict(num_frames=8), dict(split='test'), dict(sampling='uniform'), dict(seed=6), dict(given=2), dict(score_size=32))}
+    assert len(lines) == 8 and p.describe(None, 100, 90) not in lines and p.describe(e, 100, 91) not in lines
+    with pytest.raises(InputError, match='larp-gfvd'): protocol('fvd')
+    with pytest.raises(InputError, match='num_frames'): p.change(frames=8)
+
+def test_rows_of_a_protocol_are_a_seeded_choice():
+    p = protocol('heldout', samples=30); rows = protocol_rows(p, 100)
+    assert rows.unique().numel() == 30 and torch.equal(rows, protocol_rows(p, 100)) and rows.max() > 60           # not the first ones
+    assert not torch.equal(rows, protocol_rows(p.change(seed=1), 100)) and len(protocol_rows(PROTOCOLS['heldout'], 7)) == 7
+    assert protocol_rows(p, 20).sort().values.tolist() == list(range(20)) and protocol_rows(p, 20, repeat=True).bincount(minlength=20).tolist().count(2) == 10
+    with pytest.raises(InputError, match='no clips'): protocol_rows(p, 0)
+
+def test_kept_statistics_belong_to_their_extractor_and_protocol(tmp_path):
+    x = torch.randn(40, 6, generator=gen(), dtype=torch.float64); s = GaussianStats('net@1').update(x); file = tmp_path/'a'/'s.npz'
+    save_stats(file, s, 'line'); again = load_stats(file, 'net@1', 'line')
+    assert again.n == 40 and again.source == 'net@1' and all(torch.equal(p, q) for p, q in zip(s.finish(), again.finish()))
+    again.update(x); assert torch.allclose(again.finish()[0], x.mean(0)) and again.n == 80
+    with pytest.raises(InputError, match='another extractor: net@1'): load_stats(file, 'net@2', 'line')
+    with pytest.raises(InputError, match='another protocol'): load_stats(file, 'net@1', 'other')
+    with pytest.raises(InputError, match='no samples'): save_stats(file, GaussianStats('net@1'), 'line')
+    assert load_stats(file, 'net@1', 'line').n == 40                                                              # what was there stays
+
+def test_kept_statistics_are_never_unpickled(tmp_path):
+    class Evil:
+        def __reduce__(self): return (Path.touch, (tmp_path/'ran',))
+    np.savez(tmp_path/'evil.npz', n=np.array([Evil()], dtype=object), mean=np.zeros(2), scatter=np.zeros((2, 2)), source='', protocol='')
+    (tmp_path/'text.npz').write_text('no zip')
+    for name in 'evil', 'text', 'absent':
+        with pytest.raises(InputError, match='holds no statistics'): load_stats(tmp_path/f'{name}.npz', '', '')
+    assert not (tmp_path/'ran').exists()
+
+def test_extrapolation_removes_the_bias_of_few_samples():
+    g = gen(7); true = 12*(.5**2 + .2**2)
+    runs = [[torch.randn(120, 12, generator=g, dtype=torch.float64), 1.5*torch.randn(120, 12, generator=g, dtype=torch.float64) + .2] for _ in range(6)]
+    plain = np.mean([frechet_distance(*(v for x in r for v in GaussianStats().update(x).finish())) for r in runs])
+    fits = [extrapolated_distance(*r) for r in runs]; value = np.mean([f['value'] for f in fits])
+    assert plain > 1.08*true and abs(value - true) < .5*(plain - true)
+    for f in fits: # the line is the least squares line of its points
+        slope, value = np.polyfit([1/n for n, _ in f['points']], [d for _, d in f['points']], 1)
+        assert f['value'] == pytest.approx(value) and f['slope'] == pytest.approx(slope) and f['points'][-1][0] == 120
+    same = extrapolated_distance(runs[0][0], runs[0][0] + 1, paired=True)                                         # pairs: no noise at any size
+    assert same['value'] == pytest.approx(12, rel=1e-6) and same['slope'] == pytest.approx(0, abs=1e-3)
+    with pytest.raises(InputError, match='too few'): extrapolated_distance(runs[0][0][:20], runs[0][1])
+    with pytest.raises(InputError, match='no pairs'): extrapolated_distance(runs[0][0][:100], runs[0][1], paired=True)
+
+
+# --- decoupling
+
+def test_factor_classes_are_equal_bins_of_what_varies():
+    f = sample_factors(4000, 3); c = factor_classes(f)
+    assert 'texture' not in c and set(factor_classes(sample_factors(99, 3, 'textured'))) - set(c) == {'texture'}
+    assert c['hue'].tolist() == (6*f.hue).long().tolist() and torch.equal(c['motion'], f.motion)
+    assert all(v.dtype == torch.int64 and v.bincount().min() > .8*4000/len(v.unique()) for v in c.values())
+
+def test_probes_of_many_factors_agree_with_one_at_a_time():
+    x = torch.randn(900, 9, generator=gen()); classes = dict(a=(x[:, 0] + .5*x[:, 1] > 0).long(), b=x[:, 2:6].argmax(1))
+    cut = {k: y[:600] for k, y in classes.items()}; test = {k: y[600:] for k, y in classes.items()}
+    found = probe_accuracy(fit_probes(x[:600], cut), x[600:], test)
+    for k in classes: assert found[k] == pytest.approx(linear_probe(x[:600], cut[k], x[600:], test[k], weight_decay=1e-2)['test'], abs=.02)
+    twice = [probe_accuracy(fit_probes(x[:600], cut, 8, seed=s), x[600:], test) for s in (3, 3)]; assert twice[0] == twice[1]
+    for bad in (x*torch.nan, cut), (x[:600], classes), (x[:600], {}), (x[:0], {}):
+        with pytest.raises(InputError): fit_probes(*bad)
+
+def test_probes_leave_the_global_generator_alone_and_work_without_gradients():
+    torch.manual_seed(4); before = torch.random.get_rng_state(); x = torch.randn(50, 3, generator=gen())
+    with torch.no_grad(): fit_probes(x, dict(a=(x[:, 0] > 0).long()), 4)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+@pytest.fixture(scope='module')
+def verdict(): return Verdict(n=400)
+
+class Known(nn.Module):
+    "A tokenizer that knows its clips: token 0 names the appearance and token 1 the motion; or, entangled, token 1 names both."
+    def __init__(self, factors, entangled=False):
+        super().__init__(); self.factors, self.entangled = factors, entangled; self.bank = render(factors, 8, 32).flatten(1)
+        self.config = SimpleNamespace(num_appearance=1, num_tokens=2, codebook_size=len(factors))
+    def encode(self, video): i = torch.cdist(video.flatten(1), self.bank).argmin(1); return SimpleNamespace(indices=torch.stack([i, i], 1), latents=F.one_hot(torch.stack([i, i], 1), len(self.bank)).float())
+    def decode(self, indices): a, m = indices.unbind(1); return render(self.factors[m if self.entangled else a].swap(motion_of=self.factors[m]), 8, 32)
+
+def _join(*parts): return Factors(**{k: torch.cat([getattr(p, k) for p in parts]) for k in vars(parts[0])})
+
+def test_swap_study_tells_decoupled_from_entangled(verdict):
+    a, b = sample_factors(40, 1), sample_factors(40, 2); both = _join(a, b, a.swap(motion_of=b))
+    good, bad = (swap_study(Known(both, entangled), a, b, verdict, few=40) for entangled in (False, True))
+    assert good['swapped']['psnr'] > 80 and bad['swapped']['psnr'] < 25 and good['truth']['psnr'] is None
+    for k in good['truth'].keys() - {'psnr'}: # perfect tokens read as the truth does, entangled ones as B
+        assert good['swapped'][k] == good['truth'][k] and bad['swapped'][k] == pytest.approx(bad['B'][k], abs=1e-6)
+    assert good['swapped']['shape'][0] > .9 and bad['swapped']['shape'] == (pytest.approx(0, abs=.1), pytest.approx(1, abs=.1))
+    assert good['A']['motion'][0] < .1 < .9 < good['B']['motion'][0]
+    assert max(good['random_codes'][k][0] for k in ('shape', 'motion')) < .4
+
+def test_share_study_blames_the_right_stream(verdict):
+    f = sample_factors(30, 5); found = share_study(Known(f), f, verdict, shares=(0, 1.))
+    look, move = found['appearance'], found['motion']
+    assert look[0] == move[0] and look[0]['shape'] > .9 and look[0]['motion'] > .9
+    assert look[1]['shape'] < .4 and look[1]['motion'] > .9 and move[1]['shape'] > .8 and move[1]['motion'] < .4
+
+def test_token_groups_and_probe_study():
+    tokenizer, f = Known(sample_factors(20, 6)), sample_factors(200, 8)
+    look, move = (F.one_hot(v).float() for v in (f.shape, f.motion)); noise = torch.randn(200, 4, generator=gen())
+    found = probe_study(dict(appearance=torch.cat([look, noise], 1), motion=torch.cat([move, noise], 1)), f, hidden=16)
+    own = found['factors']; assert own['appearance']['shape']['linear'] > .95 > .4 > own['appearance']['motion']['linear'] and own['motion']['motion']['linear'] > .9
+    assert found['pairs']['appearance']['held_out']['shape'] > .95 and found['chance']['shape'] < .35
+    groups, error = metrics._token_groups(tokenizer, render(tokenizer.factors, 8, 32))
+    assert error.max() < 1e-10 and torch.equal(groups['appearance'].argmax(1), torch.arange(20)) and groups['motion'].shape == (20, 20)
+
+@pytest.mark.parametrize('kind', ['DeRATokenizer', 'QueryTokenizer', 'GridTokenizer'])
+def test_load_tokenizer_finds_the_class(kind, tmp_path):
+    from dera import query, streams
+    made = (getattr(streams, kind, None) or getattr(query, kind))(query.TokenizerConfig.preset('tiny', encoder_depth=1, decoder_depth=1)); made.save_pretrained(tmp_path)
+    assert type(load_tokenizer(tmp_path)).__name__ == kind
+    with pytest.raises(InputError, match='no tokenizer in'): load_tokenizer(tmp_path/'absent')
+
+def test_decoupling_study_goes_on_where_it_was(tmp_path, monkeypatch):
+    calls = []; shipped = checkpoint_path('pocket-tokenizer-tiny'); out = tmp_path/'d.json'
+    monkeypatch.setattr(metrics, 'Verdict', lambda **k: 'verdict')
+    def once(tokenizer, verdict, seed, **sizes): calls.append((seed, sizes)); return dict(seed=seed) if len(calls) != 3 else (_ for _ in ()).throw(KeyboardInterrupt)
+    monkeypatch.setattr(metrics, 'study_once', once)
+    with pytest.raises(KeyboardInterrupt): decoupling_study(dict(a=shipped), out, pairs=5)
+    found = decoupling_study(dict(a=shipped), out, pairs=5)
+    assert [c[0] for c in calls] == [0, 1, 2, 2] and found['rows']['a']['seeds'] == {str(s): dict(seed=s) for s in range(3)}
+    decoupling_study(dict(b=shipped), out, pairs=5); assert len(calls) == 7 and set(json.loads(out.read_text())['rows']) == {'a', 'b'}
+    decoupling_study(dict(a=shipped, b=shipped), out, pairs=5); assert len(calls) == 7
+    decoupling_study(dict(a=shipped), out, seeds=(0,), pairs=6); assert len(calls) == 8                            # other sizes: measured again
+    assert '6 swapped pairs' in json.loads(out.read_text())['protocol']
+    with pytest.raises(InputError, match='no tokenizers'): decoupling_study({}, out)
+
+def test_study_refuses_other_clips():
+    from dera.streams import DeRATokenizer, TokenizerConfig
+    with pytest.raises(InputError, match='8 x 32 x 32'): study_once(DeRATokenizer(TokenizerConfig.preset('tiny', num_frames=4)), None, 0)
+
+
+# --- real video
+
+def test_h264_is_repeatable_and_pays_for_quality():
+    x = render(sample_factors(1, 4), 8, 32)[0]; low, high = h264(x), h264(x, 15)
+    again = h264(x); assert low[1] == again[1] and torch.equal(low[0], again[0]) and low[0].shape == x.shape
+    assert high[1] > 2*low[1] > 1000 and psnr(high[0][None], x[None]) > psnr(low[0][None], x[None]) + 4
+
+def test_reconstruct_beside_h264():
+    from dera.streams import DeRATokenizer
+    from dera.utils import load_model
+    tokenizer = load_model(DeRATokenizer, checkpoint_path('pocket-tokenizer-tiny')); x = render(sample_factors(2, 4), 8, 32); r = reconstruct(tokenizer, x)
+    assert r['bits'] == [576, 576] and r['psnr'] == pytest.approx(psnr(tokenizer(x).video.detach().clamp(0, 1), x, per_clip=True).tolist(), abs=1e-3)
+    assert r['psnr_h264'][1] == pytest.approx(psnr(r['h264'][1:], x[1:])) and r['bits_h264'] == [h264(v)[1] for v in x]
+    with pytest.raises(InputError, match='video'): reconstruct(tokenizer, x*torch.nan)
+
+
+# --- evaluation
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    from dera.pocket import write_dataset
+    root = tmp_path_factory.mktemp('world')/'data'; write_dataset(root, 80, seed=3); return root
+
+@pytest.fixture(scope='module')
+def shipped():
+    from dera.streams import DeRATokenizer
+    from dera.utils import load_model
+    return load_model(DeRATokenizer, checkpoint_path('pocket-tokenizer-tiny'))
+
+def _uniform(name, **changes): return protocol(name, sampling='uniform', **changes)
+
+def test_evaluate_tokenizer_against_the_metrics_themselves(world, shipped, tmp_path):
+    from dera.data import VideoClips
+    from dera.quantize import codebook_stats
+    result = evaluate_tokenizer(shipped, world, tmp_path, _uniform('larp-rfvd')); e = load_extractor()
+    data = VideoClips(world, 8, 32, 'uniform', split='train', seed=0); x = torch.stack([d['video'] for d in data])
+    with torch.no_grad(): out = shipped(x)
+    y = out.video.clamp(0, 1); v = result['values']; frechet, = (k for k in v if k.startswith('frechet'))
+    assert v['psnr'] == pytest.approx(psnr(y, x), abs=1e-4) and v['ssim'] == pytest.approx(ssim(y, x), abs=1e-5)
+    assert v['psnr_mean_of_clips'] == pytest.approx(psnr(y, x, per_clip=True).mean().item(), abs=1e-4)
+    score = FrechetVideoDistance(e); score.update(x, y); assert v[frechet] == pytest.approx(score.compute(allow_few=True), rel=1e-3)
+    assert frechet == score.name == f'frechet[{e.name}, only 64 samples for 96 dimensions]'
+    assert v['code_usage'] == pytest.approx(codebook_stats(out.encoded.indices, 512)['usage'], abs=.005)
+    assert len(result['clips']) == 64 and 'split train' in result['protocol'] and e.name in result['protocol']
+    held = result['held_out']; assert 'split test' in held['protocol'] and held['values']['psnr'] != v['psnr'] and len(held['clips']) == 16
+    text = evaluation_table(result); assert 'split test' in text and f'{v["psnr"]:.4f}' in text and 'held-out' in text
+    def no(x): raise AssertionError(f'{x} is not JSON')
+    stored = json.loads((tmp_path/'evaluation.json').read_text(), parse_constant=no); assert stored['values']['psnr'] == v['psnr']
+    page = (tmp_path/'report.html').read_text(); worst = min(result['clips'], key=lambda c: c['psnr'])
+    assert 'Worst' in page and 'Best' in page and worst['file'].replace('_', ' ') in page.replace('<wbr>', '') and page.count('data:image/png') == 2 and 'http://' not in page and 'https://' not in page
+    assert b'acTL' in base64.b64decode(re.search(r'base64,([^"]+)', page)[1])                                   # they move
+
+def test_evaluation_goes_on_and_any_number_of_processes_agrees(world, shipped, tmp_path, monkeypatch):
+    p = _uniform('heldout', split='train'); calls = []; real = metrics._tokenizer_part
+    def stopping(rows, **k):
+        calls.append(rows)
+        if len(calls) == 2: raise KeyboardInterrupt
+        return real(rows, **k)
+    monkeypatch.setattr(metrics, '_tokenizer_part', stopping)
+    with pytest.raises(KeyboardInterrupt): evaluate_tokenizer(shipped, world, tmp_path/'a', p)
+    found = evaluate_tokenizer(shipped, world, tmp_path/'a', p); train_calls = [c for c in calls if len(c) in (50, 14)]
+    monkeypatch.undo(); whole = evaluate_tokenizer(shipped, world, tmp_path/'b', p); two = evaluate_tokenizer(shipped, world, tmp_path/'c', p, workers=2)
+    assert [len(c) for c in train_calls] == [50, 14, 14]                                                         # the first part was kept
+    for other in found, two: assert other['values'] == {k: pytest.approx(v, rel=1e-5) for k, v in whole['values'].items()}
+
+def test_a_folder_of_another_evaluation_is_refused(world, shipped, tmp_path):
+    evaluate_tokenizer(shipped, world, tmp_path, _uniform('heldout', samples=4))
+    for p in _uniform('heldout', samples=5), _uniform('heldout', samples=4, seed=1):
+        with pytest.raises(InputError, match='another evaluation'): evaluate_tokenizer(shipped, world, tmp_path, p)
+    part, = (tmp_path/'parts').glob('part-*'); part.write_text('broken')
+    with pytest.raises(InputError, match='damaged'): evaluate_tokenizer(shipped, world, tmp_path, _uniform('heldout', samples=4))
+
+def test_evaluation_of_bad_input(world, shipped, tmp_path):
+    import copy
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(InputError, match='no videos'): evaluate_tokenizer(shipped, tmp_path/'empty', tmp_path/'a', _uniform('heldout', split=None))
+    with pytest.raises(InputError, match='1 samples have no covariance'): evaluate_tokenizer(shipped, world, tmp_path/'b', _uniform('heldout', samples=1))
+    broken = copy.deepcopy(shipped); broken.out.bias.data[:] = torch.nan
+    with pytest.raises(InputError, match='NaN') as e: evaluate_tokenizer(broken, world, tmp_path/'c', _uniform('heldout', samples=4), workers=2)
+    assert '\n' not in str(e.value)
+    alone = tmp_path/'plain'; alone.mkdir(); [shutil.copy(f, alone) for f in sorted(world.rglob('*.mp4'))[:4]]
+    with pytest.raises(InputError, match='split'): evaluate_tokenizer(shipped, alone, tmp_path/'d', _uniform('heldout'))
+    assert len(evaluate_tokenizer(shipped, alone, tmp_path/'e', _uniform('heldout', split=None))['clips']) == 4
+
+def test_evaluate_generator(world, shipped, tmp_path, monkeypatch):
+    from dera.ar import Generator
+    from dera.utils import load_model
+    generator = load_model(Generator, checkpoint_path('pocket-generator-tiny')); p = protocol('larp-gfvd', samples=6) # chunks
+    result = evaluate_generator(generator, shipped, world, tmp_path/'a', p, guidance=1.5); name, = (k for k in result['values'] if k.startswith('frechet'))
+    with torch.no_grad(): video = shipped.decode(generator.generate(labels=torch.arange(6), guidance=1.5, seed=list(range(6)))).clamp(0, 1)
+    from dera.data import VideoClips
+    data = VideoClips(world, 8, 32, 'all', split='train', seed=0); rows = protocol_rows(p, len(data)); assert len(data) == 128; e = load_extractor()
+    real = torch.stack([data[i]['video'] for i in rows.tolist()]); score = FrechetVideoDistance(e); score.update(real, video)
+    assert result['values'][name] == pytest.approx(score.compute(allow_few=True), rel=1e-3) and 'guidance 1.5' in result['protocol'] and '6 real and 6 fake' in result['protocol']
+    assert 'split test' in result['held_out']['protocol'] and len(list((tmp_path/'a').glob('reference-*.npz'))) == 2 and len(result['clips']) == 6
+    monkeypatch.setattr(metrics, '_real_part', lambda *a, **k: pytest.fail('the reference was computed again'))
+    assert evaluate_generator(generator, shipped, world, tmp_path/'a', p, guidance=1.5)['values'] == result['values']
+    generator.config.tokenizer = 'another'
+    with pytest.raises(InputError, match='another tokenizer'): evaluate_generator(generator, shipped, world, tmp_path/'b', p)
+
+def test_evaluate_prediction_scores_the_predicted_frames_only(world, shipped, tmp_path):
+    from dera.ar import Generator, GeneratorConfig
+    torch.manual_seed(0); generator = Generator(GeneratorConfig.preset('tiny', vocab_size=512, num_tokens=64, num_classes=1, prefix_tokens=64, depth=1)).eval()
+    p = _uniform('k600-fp', split='test', samples=20, score_size=0); result = evaluate_prediction(generator, shipped, world, tmp_path/'a', p)
+    from dera.data import VideoClips
+    data = VideoClips(world, 8, 32, 'uniform', split='test', seed=0); rows = protocol_rows(p, 16, repeat=True).tolist(); assert len(rows) == 20
+    x = torch.stack([data[i]['video'] for i in rows]); known = x[:, :, [0, 1, 2, 3, 4, 4, 4, 4]]
+    with torch.no_grad(): y = shipped.decode(generator.generate(prefix=shipped.encode(known).indices, seed=list(range(20)))).clamp(0, 1)
+    assert result['values']['psnr'] == pytest.approx(psnr(y[:, :, 5:], x[:, :, 5:]), abs=1e-3) and '5 of them given' in result['protocol']
+    y[:, :, :5] = x[:, :, :5]; score = FrechetVideoDistance(load_extractor()); score.update(x, y)
+    assert [v for k, v in result['values'].items() if 'frechet' in k] == [pytest.approx(score.compute(allow_few=True), rel=1e-3)]
+    small = evaluate_prediction(generator, shipped, world, tmp_path/'b', p.change(score_size=16)); assert 'scored at 16 x 16' in small['protocol'] and small['values']['psnr'] > result['values']['psnr']
+    shutil.rmtree(tmp_path/'a')
+    with pytest.raises(InputError, match='no frames to continue'): evaluate_prediction(generator, shipped, world, tmp_path/'a', p.change(given=0))

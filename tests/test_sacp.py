@@ -1,9 +1,9 @@
 """SACP against an independent implementation, its geometry, what the losses' backward passes give, precision and compilation,
 micro-batches, several processes, memory."""
-import gc, itertools, json, shutil, subprocess, sys, weakref
+import gc, itertools, json, re, shutil, subprocess, sys, weakref
 from pathlib import Path
 
-import pytest, torch, torch.nn as nn
+import nbformat, pytest, torch, torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 from torchjd.aggregation import PCGrad
 
@@ -13,6 +13,7 @@ from dera.sacp import SACP, GradientSACP, SoftConflict, batch_share, project, sa
 from dera.streams import DeRATokenizer, TokenizerConfig
 from dera.teachers import load_teacher
 from dera.utils import InputError
+from browser import Browser, find_browser
 
 def generator(seed): return torch.Generator().manual_seed(seed)
 def flat(grads): return torch.cat([g.flatten() for g in grads])
@@ -376,3 +377,28 @@ def test_processes_are_one_process_on_the_joined_batch(processes, world, way, eq
         got = processes[f'{world}-{rank}'][f'{way} {equal}']
         for key in want: assert torch.allclose(torch.tensor(got[key]).double(), torch.tensor(want[key]).double(), rtol=0, atol=1e-6), (key, rank)
     assert way == 'soft' or want['found'][0] == 1                                            # there was a conflict to decide
+
+# ---- the picture in the notebook
+
+@pytest.mark.skipif(not find_browser(), reason='needs Chromium')
+def test_arrows_can_be_dragged(tmp_path):
+    "Drag a tip in a real browser: the numbers under the picture are those of `project`, and nothing is asked of the network."
+    cells = nbformat.read(Path(__file__).parent.parent/'nbs'/'07_sacp_geometry.ipynb', 4).cells
+    html, = (o['data']['text/html'] for c in cells if c.id == 'drag' for o in c.outputs if 'text/html' in o.get('data', {})); assert len(html) < 20_000
+    (tmp_path/'page.html').write_text(f'<meta charset="utf-8"><body>{html}')
+    def expected_text(a, m):
+        a, m = torch.tensor(a, dtype=torch.float64), torch.tensor(m, dtype=torch.float64); s, new = a @ m, sum(project(a, m, eps=0)); clash = min(s, torch.zeros(()))
+        return [s, clash/(m @ m), clash/(a @ a), -a @ (a + m), -m @ (a + m), -a @ new, -m @ new]
+    with Browser() as browser:
+        browser.open((tmp_path/'page.html').as_uri(), 800, 500); browser.listen(.2)
+        left, top, width, height = browser.evaluate("(() => { const r = document.querySelector('svg').getBoundingClientRect(); return [r.left, r.top, r.width, r.height]; })()")
+        x0, y0, w, h = map(float, browser.evaluate("document.querySelector('svg').getAttribute('viewBox')").split())
+        def mouse(kind, x, y): browser.call('Input.dispatchMouseEvent', type=kind, x=left + (x - x0)/w*width, y=top + (-y - y0)/h*height, button='left', buttons=int(kind != 'mouseReleased'), clickCount=1)
+        def shown(): return [float(n) for n in re.findall(r'[+-]\d+\.\d+', browser.evaluate("document.querySelector('pre').textContent"))]
+        tips = json.loads(re.search(r'tips = (\[\[.*?\]\]);', html)[1])
+        for held, to in [(None, None), (1, (-1.5, .2)), (0, (.8, 1.)), (1, (1., -.4)), (0, (-.7, -1.2))]:
+            if held is not None:
+                mouse('mousePressed', *tips[held]); mouse('mouseMoved', *to); mouse('mouseReleased', *to); mouse('mouseMoved', 3, 1); tips[held] = to
+            want = expected_text(*tips); assert len(shown()) == 7 and all(abs(a - b) < .06 for a, b in zip(shown(), want)), (tips, shown(), want)
+        assert not [e for e in browser.events if e.get('method') == 'Runtime.exceptionThrown']
+        assert all(e['params']['request']['url'].startswith('file:') for e in browser.events if e.get('method') == 'Network.requestWillBeSent')

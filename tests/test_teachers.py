@@ -86,7 +86,7 @@ def constants(name):
     "Mean and deviation where the weights come from."
     if name.startswith('vit_'): c = timm.get_pretrained_cfg(name); return list(c.mean), list(c.std)
     if name.startswith('vjepa2'): return list(VJEPA2VideoProcessor.image_mean), list(VJEPA2VideoProcessor.image_std)
-    return IMAGENET # videomae-base's preprocessor_config.json and InternVideo2's transforms
+    return IMAGENET # videomae-base's preprocessor_config.json, VideoMAE v2's and InternVideo2's transforms
 
 @pytest.fixture(scope='module')
 def built(): return {n: load_teacher(n, pretrained=False) for n in PUBLISHED if n != 'vjepa2-vitl-fpc64-256'}
@@ -200,7 +200,7 @@ def hub_names(name):
         s |= linear(f'{b}.attention.output.dense', d, d) | linear(f'{b}.intermediate.dense', d, 4*d) | linear(f'{b}.output.dense', 4*d, d)
     return s
 
-@pytest.mark.parametrize('name', [n for n in PUBLISHED if n != 'internvideo2-b14'])
+@pytest.mark.parametrize('name', [n for n in PUBLISHED if n not in ('internvideo2-b14', 'videomaev2-base')])
 def test_published_names_load(name):
     "Key by key, without storage: both sides live on the meta device but for one tensor whose values are followed."
     facts, names = TEACHERS[name], hub_names(name)
@@ -214,6 +214,36 @@ def test_published_names_load(name):
         with pytest.raises(InputError, match=f'no {shown};.*{facts["repo"]}'): teachers._load_strict(model, {n: v for n, v in state.items() if n != k}, facts, 'file')
         with pytest.raises(InputError, match=f'file: {shown} is'): teachers._load_strict(model, state | {k: torch.empty(3, 1, device='meta')}, facts, 'file')
     with pytest.raises(InputError, match='stranger'): teachers._load_strict(model, state | {'stranger': torch.empty(1)}, facts, 'file')
+
+def test_videomaev2_loads_its_own_names_and_computes_its_forward():
+    "Tensors as VideoMAE v2 names them; one block, and the norm, against its published forward pass written out."
+    d, h, g, facts = 768, 12, torch.Generator().manual_seed(0), TEACHERS['videomaev2-base']; s = {'patch_embed.proj.weight': (d, 3, 2, 16, 16), 'patch_embed.proj.bias': (d,), 'fc_norm.weight': (d,), 'fc_norm.bias': (d,)}
+    for b in (f'blocks.{i}' for i in range(12)):
+        s |= {f'{b}.norm{i}.{w}': (d,) for i in (1, 2) for w in ('weight', 'bias')} | {f'{b}.attn.q_bias': (d,), f'{b}.attn.v_bias': (d,), f'{b}.attn.qkv.weight': (3*d, d), f'{b}.attn.proj.weight': (d, d),
+              f'{b}.attn.proj.bias': (d,), f'{b}.mlp.fc1.weight': (4*d, d), f'{b}.mlp.fc1.bias': (4*d,), f'{b}.mlp.fc2.weight': (d, 4*d), f'{b}.mlp.fc2.bias': (d,)}
+    assert len(s) == 160
+    w = {k: torch.empty(v).normal_(std=.05, generator=g) if k.startswith('blocks.0.') or 'blocks' not in k else torch.zeros(v) for k, v in s.items()}
+    t = load_teacher('videomaev2-base', pretrained=False); teachers._load_strict(t.model, {f'model.{k}': v for k, v in w.items()}, facts, 'file')
+    clip = torch.rand(1, 3, 16, 256, 256, generator=g); x = (clip - torch.tensor(IMAGENET[0]).view(3, 1, 1, 1))/torch.tensor(IMAGENET[1]).view(3, 1, 1, 1); b = 'blocks.0.'
+    norm = lambda x, k: F.layer_norm(x, (d,), w[k + '.weight'], w[k + '.bias'], 1e-6); linear = lambda x, k: x @ w[k + '.weight'].T + w[k + '.bias']
+    z = F.conv3d(x, w['patch_embed.proj.weight'], w['patch_embed.proj.bias'], stride=(2, 16, 16)).flatten(2).transpose(1, 2) + t.model.embeddings.position_embeddings
+    q, k, v = (norm(z, b + 'norm1') @ w[b + 'attn.qkv.weight'].T + torch.cat([w[b + 'attn.q_bias'], torch.zeros(d), w[b + 'attn.v_bias']])).view(1, 2048, 3, h, d//h).permute(2, 0, 3, 1, 4)
+    z = z + linear(((q*(d//h)**-.5 @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2), b + 'attn.proj'); z = z + linear(F.gelu(linear(norm(z, b + 'norm2'), b + 'mlp.fc1')), b + 'mlp.fc2')
+    one = Teacher('', t.model, t._tokens, facts, *IMAGENET, layer=1)(clip); t.model.encoder.layer = t.model.encoder.layer[:1]             # the other blocks hold zeros
+    for got, want in (one, z), (t(clip), norm(z, 'fc_norm')): assert torch.allclose(got.view(4, 256, d), want.view(4, 2, 256, d).mean(1), atol=1e-3)
+    for change, wrong in [({'blocks.3.norm2.bias': None}, r'no encoder\.layer\.3\.layernorm_after\.bias'), ({'stranger': torch.zeros(2)}, 'has stranger'),
+                          ({'blocks.4.attn.qkv.weight': torch.zeros(6, 2)}, r'encoder\.layer\.4\.attention\.attention\.query\.weight is \(2, 2\)')]:
+        t = load_teacher('videomaev2-base', pretrained=False)
+        with pytest.raises(InputError, match=wrong): teachers._load_strict(t.model, {k: v for k, v in (w | change).items() if v is not None}, facts, 'file')
+
+@pytest.mark.parametrize('said, name', [('InternVideo2-B/14', 'internvideo2-b14'), ('internvideo2_b14', 'internvideo2-b14'), ('videomae', 'videomae-base'), ('OpenGVLab/VideoMAEv2-Base', 'videomaev2-base'),
+                                        ('facebook/vjepa2-vitl-fpc64-256', 'vjepa2-vitl-fpc64-256'), ('vit_base_patch14_dinov2', 'vit_base_patch14_dinov2.lvd142m')])
+def test_other_ways_to_say_a_name(said, name, monkeypatch):
+    built = []; monkeypatch.setattr(teachers, '_find_weights', lambda n, *a: built.append(n) or (_ for _ in ()).throw(InputError('stop')))
+    with pytest.raises(InputError, match='stop'): load_teacher(said)
+    assert built == [name]
+    for vague in 'pocket', 'vit', '', 'timm':
+        with pytest.raises(InputError, match='unknown teacher'): load_teacher(vague)
 
 def test_a_local_file_is_used_and_its_values_arrive(tmp_path, monkeypatch, clips):
     name = 'vit_small_patch14_dinov2.lvd142m'; g = torch.Generator().manual_seed(0)
