@@ -50,8 +50,8 @@ def _writable(file):
     except OSError as e: raise InputError(f'cannot write {file} ({e.strerror}); choose another --out') from None
 
 def _load_tokenizer(folder):
-    from dera.streams import DeRATokenizer
-    return load_model(DeRATokenizer, folder)
+    from dera.metrics import load_tokenizer
+    return load_tokenizer(folder)
 
 def reconstruct(video:Annotated[str, tyro.conf.Positional], # a video file
                 tokenizer:str='', # folder of a tokenizer; default: the one that ships with dera
@@ -71,56 +71,111 @@ def reconstruct(video:Annotated[str, tyro.conf.Positional], # a video file
     write_video(file, torch.cat([clip, picture], -1)); print(f'{c.num_tokens} tokens: {code.indices[0].tolist()}')
     print(f'{c.num_frames} x {c.size} x {c.size}, PSNR {psnr(picture[None], clip[None]):.2f} dB, original and reconstruction side by side in {file}')
 
-# %% ../nbs/19_command_line.ipynb #generate
-def _labels(classes):
-    "Class ids from names or numbers."
+# %% ../nbs/19_command_line.ipynb #generate-pair
+def _pair(run, tokenizer, generator):
+    "A tokenizer and a generator that belong together."
+    from dera.ar import Generator
+    from dera.metrics import load_tokenizer
+    from dera.train_ar import fingerprint
+    model = load_tokenizer(tokenizer or Path(run)/'tokenizer'/'tokenizer'); writer = load_model(Generator, generator or Path(run)/'generator'/'generator')
+    if writer.config.tokenizer != fingerprint(model): raise InputError(f'the generator in {generator or run} was trained on tokens of another tokenizer; name its own with --tokenizer, or train it again')
+    return model, writer
+
+def _names(config):
+    "Class names of a generator; numbers for data that is not the pocket world."
     from dera.pocket import CLASSES
-    known = {name.lower(): i for i, name in enumerate(CLASSES)} | {str(i): i for i in range(len(CLASSES))}
+    return CLASSES if config.num_classes == len(CLASSES) else [str(i) for i in range(config.num_classes)]
+
+def _labels(classes, names):
+    "Class ids from names or numbers."
+    known = {name.lower(): i for i, name in enumerate(names)} | {str(i): i for i in range(len(names))}
     for name in classes:
-        if name.lower() not in known: raise InputError(f'unknown class {name!r}; give a number from 0 to {len(CLASSES) - 1} or a name such as {CLASSES[0]} or {CLASSES[-1]}')
+        if name.lower() not in known: raise InputError(f'unknown class {name!r}; give a number from 0 to {len(names) - 1}' + ('' if names[0] == '0' else f' or a name such as {names[0]} or {names[-1]}'))
     return torch.tensor([known[name.lower()] for name in classes])
 
-def generate(classes:tuple[str, ...]=('StarCircle', 'HeartSpinLeft'), # names or numbers
-             run:str='runs/demo', # folder of a demo run: its tokenizer and generator
-             count:int=2, # clips of each class
-             guidance:float=1.5, # 1 is none
-             seed:int=0, # clip i uses seed + i
-             out:str='runs/generate'): # folder for the clips
-    "Generate clips of the asked classes."
-    from dera.ar import Generator
-    from dera.demo import sample_clips
-    from dera.pocket import CLASSES, write_video
-    from dera.train_ar import fingerprint
+def _condition(model, writer, classes, first_frames, frames, guidance, count):
+    "What to generate from: labels or prefix, guidance, names of the clips, the known frames."
+    from dera.ar import frame_prefix
+    from dera.data import read_chunks
     if count < 1: raise InputError(f'count is {count}; ask for at least one clip')
-    labels, model = _labels(classes).repeat_interleave(count), _load_tokenizer(Path(run)/'tokenizer'/'tokenizer')
-    generator = load_model(Generator, Path(run)/'generator'/'generator')
-    if generator.config.tokenizer != fingerprint(model): raise InputError(f'the generator in {run} was trained on tokens of another tokenizer; train it again')
-    Path(out).mkdir(parents=True, exist_ok=True); video = sample_clips(model, generator, labels, guidance, seed)
-    names = [f'{CLASSES[l]}_{i % count}.mp4' for i, l in enumerate(labels.tolist())]
-    for name, clip in zip(names, video): write_video(Path(out)/name, clip)
-    about = [dict(file=n, label=l, name=CLASSES[l], seed=seed + i) for i, (n, l) in enumerate(zip(names, labels.tolist()))]
-    write_atomic(Path(out)/'generated.json', json.dumps(dict(guidance=guidance, run=run, clips=about), indent=1)); print(f'{len(names)} clips in {out}')
+    if bool(first_frames) != bool(writer.config.prefix_tokens):
+        raise InputError('this generator continues first frames; give them with --first-frames VIDEO' if not first_frames else 'this generator was trained on classes; leave --first-frames out')
+    if not first_frames:
+        names = _names(writer.config); labels = _labels(classes or ((names[0], names[-1]) if names[0] != '0' else ('0',)), names).repeat_interleave(count)
+        return dict(labels=labels, guidance=1.5 if guidance is None else guidance), [f'{names[l]}_{i % count}' for i, l in enumerate(labels.tolist())], None
+    if guidance is not None: raise InputError('frame prediction knows no classes, so no guidance; leave --guidance out')
+    known = read_chunks(first_frames, frames, model.config.size)[0][None]
+    with torch.inference_mode(): prefix = frame_prefix(model, known).repeat(count, 1)
+    return dict(prefix=prefix), [f'{Path(first_frames).stem}_{i}' for i in range(count)], known[0]
+
+# %% ../nbs/19_command_line.ipynb #generate
+def generate(classes:tuple[str, ...]=(), # names or numbers; default: the first and the last class
+             first_frames:str='', # a video to continue, for a generator of frame prediction
+             frames:int=5, # of it that are known
+             run:str='runs/demo', # folder of a demo run: its tokenizer and generator
+             tokenizer:str='', # folder of a tokenizer, instead of the run's
+             generator:str='', # folder of a generator, instead of the run's
+             count:int=2, # clips of each class, or continuations
+             guidance:float|None=None, # 1 is none; default 1.5 for classes
+             temperature:float=1., # of the sampling
+             top_k:int=0, # only the k most likely tokens; 0: all
+             top_p:float=1., # only tokens that make up this probability
+             seed:int=0, # clip i uses seed + i
+             batch_size:int=16, # clips at once
+             out:str='runs/generate'): # folder for the clips
+    "Generate clips of the asked classes, or continue a video; Ctrl-C keeps what is finished."
+    from tqdm import tqdm
+    from dera.pocket import write_video
+    model, writer = _pair(run, tokenizer, generator); given, names, known = _condition(model, writer, classes, first_frames, frames, guidance, count)
+    _writable(Path(out)/'generated.json'); done, clips, device = [], [], 'cuda' if torch.cuda.is_available() else 'cpu'; model.to(device); writer.to(device)
+    try:
+        for rows, indices in writer.generate_batches(**given, seed=seed, batch_size=batch_size, temperature=temperature, top_k=top_k, top_p=top_p, progress=tqdm):
+            with torch.no_grad(): video = model.decode(indices).clamp(0, 1).cpu()
+            if known is not None: video[:, :, :known.shape[1]] = known
+            for i, clip in zip(rows.tolist(), video): write_video(Path(out)/f'{names[i]}.mp4', clip); done.append(i); clips.append(clip)
+    finally:
+        if done: _write_clips(Path(out), done, clips, names, given, seed)
+    print(f'{len(done)} clips in {out}')
+
+def _write_clips(out, done, clips, names, given, seed):
+    "A grid of the finished clips, moving, and what each was made from."
+    from PIL import Image
+    from dera.utils import grid_frames
+    pages = [Image.fromarray(f) for f in grid_frames(torch.stack(clips), columns=min(len(clips), 8), zoom=1)]
+    pages[0].save(out/'grid.gif', save_all=True, append_images=pages[1:], duration=150, loop=0)
+    about = [dict(file=f'{names[i]}.mp4', seed=seed + i) | (dict(label=given['labels'][i].item()) if 'labels' in given else {}) for i in done]
+    write_atomic(out/'generated.json', json.dumps(dict(guidance=given.get('guidance'), clips=about, **environment()), indent=1))
 
 # %% ../nbs/19_command_line.ipynb #evaluate
-def evaluate(data:str, # folder of videos in UCF-101 layout
+def evaluate(data:str, # folder of videos in UCF-101 layout, or as for dera audit
              tokenizer:str='', # folder of a tokenizer; default: the one that ships with dera
-             clips:int=200, # at most this many, from the test split where there is one
-             out:str='runs/evaluate.json'): # where to write the numbers
-    "Measure a tokenizer on held-out videos."
-    from dera.data import VideoClips
-    from dera.metrics import baselines, psnr, ssim
-    from dera.quantize import codebook_stats
-    from dera.train_tokenizer import reconstruct_set
-    model = _load_tokenizer(tokenizer or checkpoint_path('pocket-tokenizer-tiny')); c = model.config
-    split = 'test' if (Path(data)/'ucfTrainTestlist').is_dir() else None
-    videos = VideoClips(data, c.num_frames, c.size, 'uniform', split=split); n = min(clips, len(videos))
-    x = torch.stack([videos[i]['video'] for i in range(n)]); pictures, indices = reconstruct_set(model, x)
-    values = dict(psnr=psnr(pictures, x), **{f'psnr_{k}': v for k, v in baselines(x).items()}, ssim=float(ssim(pictures, x)),
-                  **{f'code_{k}': v for k, v in codebook_stats(indices, c.codebook_size).items()})
-    protocol = f'{n} clips of {Path(data).name}, split {split or "none"}, {c.num_frames} frames uniform over the file, {c.size} x {c.size}'
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, json.dumps(dict(protocol=protocol, values=values, **environment()), indent=1))
-    print(protocol); [print(f'{k:22} {v:8.3f}') for k, v in values.items()]
+             generator:str='', # folder of a generator: measures generation, or frame prediction if that is what it learned
+             protocol:str='', # larp-rfvd, larp-gfvd, heldout or k600-fp; default: heldout, larp-gfvd or k600-fp
+             clips:int=0, # 0: as many as the protocol says
+             sampling:str='', # native, uniform or all instead of the protocol's
+             split:str='', # instead of the protocol's; none: data without splits
+             extractor:str='pocket-video', # i3d, videomae, or a video teacher
+             weights:str='', # file of the extractor, where it is not in its usual place
+             download:bool=False, # fetch I3D
+             guidance:float=1.25, # of generation
+             lpips:str='', # `alex` or `vgg` adds LPIPS
+             workers:int=1, # processes
+             split_id:int=1, # of UCF-101
+             seed:int=0, # of windows, of the choice of clips, of samples
+             out:str='runs/evaluate'): # folder: evaluation.json, report.html
+    "Measure a tokenizer or a generator by a named protocol; called again, it goes on."
+    from tqdm import tqdm
+    from dera import metrics
+    from dera.ar import Generator
+    model = metrics.load_tokenizer(tokenizer or checkpoint_path('pocket-tokenizer-tiny')); writer = load_model(Generator, generator) if generator else None
+    task = 'tokenizer' if writer is None else 'prediction' if writer.config.prefix_tokens else 'generator'
+    changes = dict(samples=clips, sampling=sampling, seed=seed) | (dict(split=None if split == 'none' else split) if split else {})
+    p = metrics.protocol(protocol or dict(tokenizer='heldout', generator='larp-gfvd', prediction='k600-fp')[task], **{k: v for k, v in changes.items() if v or k == 'split'})
+    shared = dict(out=out, p=p, extractor=metrics.load_extractor(extractor, weights or None, download), workers=workers, split_id=split_id, progress=tqdm)
+    if writer is None: result = metrics.evaluate_tokenizer(model, data, lpips_net=lpips, **shared)
+    elif task == 'generator': result = metrics.evaluate_generator(writer, model, data, guidance=guidance, **shared)
+    else: result = metrics.evaluate_prediction(writer, model, data, **shared)
+    print(metrics.evaluation_table(result)); print(f'numbers and moving clips in {Path(out)/"report.html"}')
 
 # %% ../nbs/19_command_line.ipynb #audit
 def audit(data:Annotated[tuple[str, ...], tyro.conf.Positional], # ucf101=PATH, k600=PATH, folder=PATH, a csv or a path; several for a mixture
@@ -201,7 +256,7 @@ def _plain(function):
 # %% ../nbs/19_command_line.ipynb #main-bench
 def _bench(args):
     from dera import bench
-    parts = {n: _documented(getattr(bench, f'bench_{n}')) for n in ('render', 'data', 'tokenizers')}
+    parts = {n: _documented(getattr(bench, f'bench_{n}')) for n in ('render', 'data', 'tokenizers', 'generate')}
     def command():
         if not args or args[0] not in {*parts, '-h', '--help'}:
             raise InputError(f'bench measures one of {", ".join(parts)}; got {args[0] if args else "nothing"}')
@@ -213,8 +268,8 @@ _COMMANDS = {'demo': (_demo, 'from video files to generated video, and a page ab
             'train-tokenizer': (_train_tokenizer, 'train a tokenizer on a folder of videos'),
             'train-ar': (_train_ar, 'train a generator on its tokens'),
             'reconstruct': (_plain(reconstruct), 'send a video through the tokenizer and back'),
-            'generate': (_plain(generate), 'generate clips of given classes'),
-            'evaluate': (_plain(evaluate), 'measure a tokenizer on held-out videos'),
+            'generate': (_plain(generate), 'generate clips of given classes, or continue a video'),
+            'evaluate': (_plain(evaluate), 'measure a tokenizer or a generator by a named protocol'),
             'train-teachers': (_plain(train_teachers), 'train the pocket teachers'),
             'audit': (_plain(audit), 'check a data set'),
             'prepare': (_plain(prepare), 'make a small copy of a data set'),

@@ -7,7 +7,7 @@ __all__ = ['TIMES', 'fingerprint', 'mirror_labels', 'tokenize_dataset', 'load_to
            'train_generator', 'train_from_videos', 'main']
 
 # %% ../nbs/12_ar_training.ipynb #imports
-import argparse, hashlib, json, math, os, shutil, signal, sys, time
+import argparse, functools, hashlib, json, math, os, shutil, signal, sys, time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,13 +84,29 @@ def _new_part(part, about, shape):
     except OSError as e: raise InputError(f'no room for {size/1e6:.0f} MB of tokens in {part.parent} ({e.strerror}); make room, or take fewer windows') from None
     _map(part, 'r+')[1][:] = _OPEN; write_atomic(part.with_suffix('.part.json'), json.dumps(about))
 
+def _give_up(part): [part.with_suffix(end).unlink(missing_ok=True) for end in ('.part.json', '.part.bad', '.part')]
+
 def _begin_part(part, about, tokenizer, dataset, device):
     "Find the part of this call, or begin one."
     file = part.with_suffix('.part.json'); found = json.loads(file.read_text()) if file.exists() and part.exists() else None
     for old in part.with_suffix('.json'), part.with_suffix('.npy'): old.unlink(missing_ok=True)
     if found == about: return
-    file.unlink(missing_ok=True); length = _rows(tokenizer, dataset[0]['video'][None].to(device), False, about['condition_frames']).shape[-1]
+    _give_up(part); length = _rows(tokenizer, dataset[0]['video'][None].to(device), False, about['condition_frames']).shape[-1]
     _new_part(part, about, (len(dataset), about['windows']*(1 + about['flips']), length))
+
+# %% ../nbs/12_ar_training.ipynb #bad-files
+class _Bad:
+    "Keeps the unreadable files of a `VideoClips` in a list on disk, through kills."
+    def __init__(self, dataset, file):
+        self.dataset, self.file, self.known = dataset, file, set()
+        if not hasattr(dataset, '_bad') or not file.exists(): return
+        self.known = set(file.read_text().splitlines()) & set(dataset.paths)
+        for f, path in zip(dataset._first, dataset.paths):
+            if path in self.known: dataset._bad[f] = True
+    def note(self):
+        fresh = sorted({*getattr(self.dataset, 'bad', ())} - self.known); self.known.update(fresh)
+        if fresh:
+            with open(self.file, 'a') as f: f.write(''.join(f'{path}\n' for path in fresh))
 
 # %% ../nbs/12_ar_training.ipynb #batches
 def _epoch(dataset, epoch, accelerator):
@@ -134,17 +150,24 @@ def tokenize_dataset(tokenizer:torch.nn.Module, # `.encode(video).indices` (B, L
     if not len(dataset): raise InputError(f'no clips to write into {path}; check the data folder and its split')
     path.parent.mkdir(parents=True, exist_ok=True); part, views = path.with_suffix('.part'), 1 + flips
     device, accelerator = next(iter(tokenizer.eval().state_dict().values())).device, _accelerator(SimpleNamespace(tracker='', timeout=timeout), path.parent)
-    main = accelerator.is_main_process
     with _signals() as asked, _together(accelerator, SimpleNamespace(path=path.parent)):
-        if main: _begin_part(part, about | dict(batch_size=batch_size), tokenizer, dataset, device)
-        accelerator.wait_for_everyone(); tokens, labels = _map(part, 'r+'); todo = _open_batches(labels, views, batch_size); accelerator.wait_for_everyone()
-        total, left = windows*math.ceil(len(dataset)/batch_size), sum(map(len, todo)); each = accelerator.num_processes
-        for window, number, batch in progress(_batches(dataset, todo, batch_size, workers, accelerator), desc='tokenising', unit='batch',
-                                              total=math.ceil(total/each), initial=(total - left)//each, disable=not main):
-            if batch is not None: _write(tokens, labels, number*batch_size, window*views, _rows(tokenizer, batch['video'].to(device), flips, condition_frames), batch['label'], mirror)
-            if stopped := _asked(asked, accelerator): _go(stopped, main, f'stopped while tokenising; the same command goes on from {part}')
+        if accelerator.is_main_process: _begin_part(part, about | dict(batch_size=batch_size), tokenizer, dataset, device)
+        accelerator.wait_for_everyone(); tokens, labels = _map(part, 'r+'); todo, bad = _open_batches(labels, views, batch_size), _Bad(dataset, part.with_suffix('.part.bad'))
+        total, left, n = windows*math.ceil(len(dataset)/batch_size), sum(map(len, todo)), accelerator.num_processes; accelerator.wait_for_everyone()
+        try:
+            for window, number, batch in progress(_batches(dataset, todo, batch_size, workers, accelerator), desc='tokenising', unit='batch',
+                                                  total=math.ceil(total/n), initial=(total - left)//n, disable=not accelerator.is_main_process):
+                bad.note()
+                if batch is not None: _write(tokens, labels, number*batch_size, window*views, _rows(tokenizer, batch['video'].to(device), flips, condition_frames), batch['label'], mirror)
+                if stopped := _asked(asked, accelerator): _go(stopped, accelerator.is_main_process, f'stopped while tokenising; the same command goes on from {part}')
+        except InputError:
+            if getattr(dataset, 'replace_bad', False): _give_up(part)
+            raise
+        except RuntimeError as e:
+            if 'DataLoader worker' not in str(e): raise
+            raise InputError(f'a process that decodes was killed ({str(e).splitlines()[0]}); often memory is short: lower --workers; the same command goes on from {part}') from None
         accelerator.wait_for_everyone()
-        if main: _finish(part, path, about)
+        if accelerator.is_main_process: _finish(part, path, about)
         accelerator.wait_for_everyone()
 
 # %% ../nbs/12_ar_training.ipynb #finish
@@ -156,7 +179,7 @@ def _write(tokens, labels, row, view, rows, classes, mirror):
 def _finish(part, path, about):
     "Give the file its name, once it and its description are whole."
     with open(part, 'rb') as f: os.fsync(f.fileno())
-    write_atomic(path.with_suffix('.json'), json.dumps(about)); os.replace(part, path); part.with_suffix('.part.json').unlink(missing_ok=True)
+    write_atomic(path.with_suffix('.json'), json.dumps(about)); os.replace(part, path); _give_up(part)
 
 def _go(number, main, said):
     "Leave as a signal asks: SIGTERM with exit code 0."
@@ -269,6 +292,9 @@ def learning_rate(step:int, config:ARConfig) -> float:
     t = (step - W)/max(1, c.steps - W)
     return c.lr*(c.min_lr + (1 - c.min_lr)*(1 + math.cos(math.pi*t))/2)
 
+@functools.lru_cache(maxsize=2)
+def _order(n, seed): return torch.randperm(n, generator=torch.Generator().manual_seed(seed % 2**32))
+
 def batch_rows(step:int, # counted from 0
                batch_size:int, n:int, # rows a step, rows in all
                seed:int
@@ -276,8 +302,7 @@ def batch_rows(step:int, # counted from 0
     "The rows of one step: permutations laid end to end."
     place = torch.arange(step*batch_size, (step + 1)*batch_size); rows = torch.empty_like(place)
     for epoch in (place//n).unique().tolist():
-        order = torch.randperm(n, generator=torch.Generator().manual_seed((seed*1_000_003 + epoch) % 2**32))
-        here = place//n == epoch; rows[here] = order[place[here] % n]
+        here = place//n == epoch; rows[here] = _order(n, seed*1_000_003 + epoch)[place[here] % n]
     return rows
 
 # %% ../nbs/12_ar_training.ipynb #split
@@ -363,8 +388,9 @@ def _identity(config, tokens, labels):
 
 def _refuse_other(file, then, now):
     "One line if a run was begun with other settings."
-    changed = [k for k, v in now.items() if then.get(k) != v]; small = lambda x: not isinstance(x, dict) and len(str(x)) < 40
-    words = [k + (f' ({then.get(k)} then, {now[k]} now)' if small(then.get(k)) and small(now[k]) else '') for k in changed]
+    flat = lambda d: {k: v for k, v in d.items() if not isinstance(v, dict)} | {f'{k}.{j}': w for k, v in d.items() if isinstance(v, dict) for j, w in v.items()}
+    then, now = flat(then), flat(now); changed = [k for k, v in now.items() if then.get(k) != v]; small = lambda *x: max(len(str(v)) for v in x) < 40
+    words = [k + (f' ({then.get(k)} then, {now[k]} now)' if small(then.get(k), now[k]) else '') for k in changed]
     if words: raise InputError(f'{file} was made with other {", ".join(words)}; choose another run folder or delete this one')
 
 # %% ../nbs/12_ar_training.ipynb #resume
@@ -501,8 +527,8 @@ def _load_tokenizer(folder):
     raise first
 
 def _training_clips(c, config):
-    "The clips to tokenise: of the asked split; all of a single folder that has no splits."
-    clips = _clips(c, config, list(c.data), (c.split, None) if c.split and len(c.data) == 1 else (c.split,), replace_bad=True)
+    "The clips to tokenise: of the asked split; for `train`, all of a single folder that has no splits."
+    clips = _clips(c, config, list(c.data), (c.split, None) if c.split == 'train' and len(c.data) == 1 else (c.split,), replace_bad=True)
     if clips is None: raise InputError(f'one of {" ".join(c.data)} has no split {c.split}; write folder=PATH for a folder without splits')
     _split(c, len(clips), c.windows*(1 + c.flips)); return clips
 
@@ -515,7 +541,10 @@ def _held_clips(c, config, classes):
     return VideoClips(Manifest([(clips.paths[i], clips.labels[i]) for i in keep], classes), config.num_frames, config.size, c.sampling, seed=c.seed, replace_bad=True)
 
 def _same_source(run, c):
-    "Refuse to write other tokens into the folder of a run that has begun."
+    "Refuse to write other tokens into the folder of a run that has begun, and over those of another tokenizer."
+    about, key = _described(run/'tokens.npy'), c.generator.tokenizer
+    if about and about['fingerprint'] != key:
+        raise InputError(f"{run/'tokens.npy'} holds tokens of tokenizer {about['fingerprint'][:8]}, not of {key[:8]}; choose another --out, or delete the file to tokenise again")
     if not (run/'checkpoint.safetensors').exists() or not (run/'config.json').exists(): return
     keys = 'data', 'split', 'sampling', 'windows', 'flips', 'condition_frames', 'seed', 'generator'
     then, now = ({k: v for k, v in d.items() if k in keys} for d in (json.loads((run/'config.json').read_text()), json.loads(json.dumps(asdict(c)))))

@@ -1,9 +1,11 @@
 "The command line as a person meets it: help, one line for every mistake, nothing half-written."
-import subprocess, sys
+import json, subprocess, sys
+from pathlib import Path
 
 import pytest
 from dera.cli import main
 from dera.pocket import render, sample_factors, write_dataset, write_video
+from dera.utils import checkpoint_path
 
 def dera(*words):
     return subprocess.run([sys.executable, '-c', 'from dera.cli import main; main()', *map(str, words)], capture_output=True, text=True, timeout=300)
@@ -23,7 +25,7 @@ def refused(result, *words):
     lines = [l for l in result.stderr.splitlines() if l.startswith('dera: ')]
     assert len(lines) == 1 and all(w in lines[0] for w in words), result.stderr
 
-@pytest.mark.parametrize('command', 'demo,train-tokenizer,train-ar,reconstruct,generate,evaluate,train-teachers,audit,bench render,bench data,bench tokenizers'.split(','))
+@pytest.mark.parametrize('command', 'demo,train-tokenizer,train-ar,reconstruct,generate,evaluate,train-teachers,audit,bench render,bench data,bench tokenizers,bench generate'.split(','))
 def test_help(command, capsys):
     assert here(*command.split(), '--help') == 0 and '--out' in capsys.readouterr().out
 
@@ -45,7 +47,7 @@ def test_reconstruct_mistakes(tmp_path):
     (tmp_path/'text.mp4').write_text('hello'); (tmp_path/'empty.mp4').touch(); out = tmp_path/'out'
     for name, word in ('missing.mp4', 'missing.mp4'), ('text.mp4', 'text.mp4'), ('empty.mp4', 'empty'), ('', str(tmp_path)):
         refused(dera('reconstruct', tmp_path/name, '--out', out), word)
-    refused(dera('reconstruct', tmp_path/'text.mp4', '--tokenizer', tmp_path), 'no DeRATokenizer')
+    refused(dera('reconstruct', tmp_path/'text.mp4', '--tokenizer', tmp_path), 'no tokenizer')
     assert not out.exists()
 
 def test_training_mistakes(data, tmp_path):
@@ -64,13 +66,39 @@ def test_unwritable_run_folder(data, tmp_path):
 def test_train_then_evaluate_then_generate(data, tmp_path):
     run = tmp_path/'run'
     result = dera('train-tokenizer', '--data', data, '--out', run/'tokenizer', '--steps', 3, '--quantizer-start', 1); assert result.returncode == 0, result.stderr
-    result = dera("evaluate", "--data", data, "--tokenizer", run/"tokenizer"/"tokenizer", "--out", tmp_path/"e.json")
-    assert result.returncode == 0 and 'psnr' in result.stdout, result.stderr
+    result = dera("evaluate", "--data", data, "--tokenizer", run/"tokenizer"/"tokenizer", "--out", tmp_path/"e", "--clips", 4, "--sampling", "uniform")
+    assert result.returncode == 0 and 'psnr' in result.stdout and (tmp_path/'e'/'report.html').exists(), result.stderr
     result = dera('train-ar', '--data', data, '--tokenizer', run/'tokenizer'/'tokenizer', '--out', run/'generator', '--steps', 2, '--batch-size', 8)
     assert result.returncode == 0, result.stderr
     result = dera('generate', '--run', run, '--classes', 'StarCircle', '7', '--count', 1, '--out', tmp_path/'clips')
     assert result.returncode == 0 and (tmp_path/'clips'/'StarCircle_0.mp4').exists(), result.stderr
-    refused(dera('generate', '--run', run, '--classes', 'Elephant'), 'Elephant'); refused(dera('generate', '--run', tmp_path), 'no DeRATokenizer')
+    refused(dera('generate', '--run', run, '--classes', 'Elephant'), 'Elephant'); refused(dera('generate', '--run', tmp_path), 'no tokenizer')
+    about = json.loads((tmp_path/'clips'/'generated.json').read_text()); assert [c['seed'] for c in about['clips']] == [0, 1] and [c['label'] for c in about['clips']][1] == 7
+    assert (tmp_path/'clips'/'grid.gif').read_bytes()[:4] == b'GIF8'
+    video = next(Path(data).rglob('*.mp4')); refused(dera('generate', '--run', run, '--first-frames', video), 'trained on classes')
+    refused(dera('generate', '--run', run, '--tokenizer', checkpoint_path('pocket-tokenizer-tiny')), 'another tokenizer')
+    refused(dera('generate', '--run', run, '--count', 0), 'count is 0')
+    result = dera('train-ar', '--data', data, '--tokenizer', run/'tokenizer'/'tokenizer', '--out', run/'predictor', '--steps', 2, '--batch-size', 8, '--condition-frames', 3)
+    assert result.returncode == 0, result.stderr
+    ask = 'generate', '--run', run, '--generator', run/'predictor'/'generator', '--out', tmp_path/'next'
+    refused(dera(*ask), '--first-frames'); refused(dera(*ask, '--first-frames', video, '--guidance', 2), 'no guidance'); refused(dera(*ask, '--first-frames', tmp_path/'none.mp4'), 'none.mp4')
+    result = dera(*ask, '--first-frames', video, '--frames', 3, '--count', 2); assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path/'next').glob('*.mp4'))) == 2
+
+def test_ctrl_c_keeps_the_finished_clips(tmp_path, monkeypatch):
+    from dera import cli
+    from dera.ar import Generator
+    real = Generator.generate_batches
+    def stopped(self, *args, **kwargs):
+        for n, batch in enumerate(real(self, *args, **kwargs)):
+            if n == 2: raise KeyboardInterrupt
+            yield batch
+    monkeypatch.setattr(Generator, 'generate_batches', stopped); out = tmp_path/'clips'
+    ask = lambda: cli.generate(('0', '1', '2'), tokenizer=str(checkpoint_path('pocket-tokenizer-tiny')), generator=str(checkpoint_path('pocket-generator-tiny')), count=1, batch_size=1, out=str(out))
+    assert cli.run_command(ask) == 130 and len(list(out.glob('*.mp4'))) == 2 and len(json.loads((out/'generated.json').read_text())['clips']) == 2
+    monkeypatch.undo(); before = {p.name: p.read_bytes() for p in out.glob('*.mp4')}; assert cli.run_command(ask) == 0
+    assert len(list(out.glob('*.mp4'))) == 3 and all((out/n).read_bytes() == b for n, b in before.items())
+
 
 
 def test_audit_and_prepare(data, tmp_path):

@@ -120,7 +120,7 @@ def test_the_description_stays_small_and_codes_fit(tmp_path, monkeypatch):
 
 # ---- several processes
 
-BOTH = 'tokenize_dataset(Codes(), Noise(), out/"tokens.npy", **OPTIONS); train_generator(config(steps=10, dropout=0., class_dropout=0., ema=.9, log_every=1, val_every=5, accumulate={a}), *load_tokens(out/"tokens.npy"), out/"run", quiet, Codes())'
+BOTH = 'codes = Codes(); tokenize_dataset(codes, Noise(), out/"tokens.npy", **OPTIONS); (out/("clips" + os.environ.get("RANK", ""))).write_text(str(codes.clips)); train_generator(config(steps=10, dropout=0., class_dropout=0., ema=.9, log_every=1, val_every=5, accumulate={a}), *load_tokens(out/"tokens.npy"), out/"run", quiet, Codes())'
 
 def test_two_processes_equal_one(whole, tmp_path):
     "They share the tokenising, to the last bit; and the training, within rounding, over ten steps."
@@ -128,6 +128,7 @@ def test_two_processes_equal_one(whole, tmp_path):
     pair = child(f'out = Path({str(tmp_path/"two")!r}); {BOTH.format(a=1)}', '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', '29531', '--no-python', sys.executable)
     assert pair.wait(200) == 0, pair.stderr.read()
     assert digest(tmp_path/'two'/'tokens.npy') == digest(tmp_path/'one'/'tokens.npy') == digest(whole)
+    assert (tmp_path/'one'/'clips').read_text() == '201' and sorted(int((tmp_path/'two'/f'clips{r}').read_text()) for r in (0, 1)) == [96, 105] # 7 batches of 8, the last of 2; 4 and 3 of each window
     one, two = (numbers(tmp_path/k/'run') for k in ('one', 'two')); assert len(one) == len(two) == 10 and 'val_loss' in one[4]
     for a, b in zip(one, two): assert a.keys() == b.keys() and all(abs(a[k] - b[k]) < 1e-5 for k in a), (a, b)
     one, two = (load_model(Generator, tmp_path/k/'run'/'generator').state_dict() for k in ('one', 'two'))
@@ -180,13 +181,15 @@ def poison(monkeypatch, steps):
     loss = train_ar._loss; monkeypatch.setattr(train_ar, '_step', step); return seen
 
 
-def test_steps_that_are_not_numbers_are_skipped_and_counted(tmp_path, monkeypatch):
-    poison(monkeypatch, {2, 5, 6}); tokens, labels = data(); c = config(ema=.9, log_every=1)
+@pytest.mark.parametrize('precision', ['no', 'fp16'])
+def test_steps_that_are_not_numbers_are_skipped_and_counted(precision, tmp_path, monkeypatch):
+    poison(monkeypatch, {2, 5, 6}); tokens, labels = data(); c = config(ema=.9, log_every=1, precision=precision)
     train_generator(c, tokens, labels, tmp_path/'parts', quiet, stop_after=9)
     g, whole = (train_generator(c, tokens, labels, tmp_path/k, quiet) for k in ('parts', 'whole')); log = numbers(tmp_path/'whole')
     assert [l['skipped'] for l in log] == [0, 0, 1, 1, 1, 2, 3, 3, 3, 3, 3, 3] and [l['step'] for l in log if l['loss'] is None] == [3, 6, 7]
     assert all(p.isfinite().all() for p in g.parameters()) and same(g, whole) and numbers(tmp_path/'parts') == log
-    assert 'NaN' not in (tmp_path/'whole'/'log.jsonl').read_text()
+    assert 'NaN' not in (tmp_path/'whole'/'log.jsonl').read_text() and digest(tmp_path/'whole'/'checkpoint.safetensors') == digest(tmp_path/'parts'/'checkpoint.safetensors')
+    state = load_checkpoint(tmp_path/'parts'/'checkpoint.safetensors'); assert state['ema']['n_averaged'] == 9 and state['scaler'].get('scale', 8192) == 65536/8
 
 
 def test_ten_in_a_row_end_the_run(tmp_path, monkeypatch):
@@ -219,7 +222,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
 def test_other_settings_are_refused_and_free_ones_are_not(tmp_path):
     tokens, labels = data(); train_generator(config(), tokens, labels, tmp_path, quiet, stop_after=5); kept = digest(tmp_path/'checkpoint.safetensors')
     for change, word in (dict(lr=1e-3), 'lr (0.003 then, 0.001 now)'), (dict(ema=.5), 'ema'), (dict(steps=13), 'steps'), (dict(batch_size=16), 'batch_size'), (dict(accumulate=2), 'accumulate'), \
-                        (dict(dropout=0.), 'generator'), (dict(held_out=.2), 'held_out'), (dict(precision='bf16'), 'precision'), (dict(seed=1), 'seed'), (dict(epochs=3), 'epochs'):
+                        (dict(dropout=0.), 'generator.dropout (0.1 then, 0.0 now)'), (dict(held_out=.2), 'held_out'), (dict(precision='bf16'), 'precision'), (dict(seed=1), 'seed'), (dict(epochs=3), 'epochs'):
         with pytest.raises(InputError) as e: train_generator(config(**change), tokens, labels, tmp_path, quiet)
         one_line(e, 'made with other', word, 'choose another')
     with pytest.raises(InputError, match='other tokens'): train_generator(config(), tokens[:, ::-1], labels, tmp_path, quiet)
@@ -303,15 +306,26 @@ def test_sources_splits_and_what_lies_beside_the_generator(world, tmp_path):
         assert g.config.prefix_tokens == (64 if c.condition_frames else 0) and 'val_loss' in numbers(tmp_path/name)[-1]
     held, _ = load_tokens(tmp_path/'ucf'/'held.npy'); assert held.shape == (3, 1, 64) and not (tmp_path/'plain'/'held.npy').exists()
     with pytest.raises(InputError) as e: train_from_videos(from_videos(world, tmp_path/'ucf', videos, sampling='native', windows=3, held_out_clips=3), quiet)
-    one_line(e, 'windows (2 then, 3 now)'); assert load_tokens(tmp_path/'ucf'/'tokens.npy')[0].shape[1] == 4       # refused before anything was written
+    other = replace(from_videos(world, tmp_path/'plain', plain), tokenizer=str(world/'query'))
+    with pytest.raises(InputError) as f: train_from_videos(other, quiet)
+    one_line(f, 'tokens of tokenizer', 'choose another --out'); one_line(e, 'windows (2 then, 3 now)'); assert load_tokens(tmp_path/'ucf'/'tokens.npy')[0].shape[1] == 4       # refused before anything was written
+
+
+def test_a_decoding_process_that_is_killed(whole, tmp_path):
+    path, codes = tmp_path/'tokens.npy', Codes()
+    shot = child(f'tokenize_dataset(Codes(), Noise(at={{30: lambda: os.kill(os.getpid(), signal.SIGKILL)}}), {str(path)!r}, workers=1, **OPTIONS)')
+    said = shot.communicate(timeout=100)[1].strip().splitlines()[-1]; assert shot.returncode == 1 and said.startswith('dera.utils.InputError: a process that decodes was killed') and 'goes on' in said, said
+    tokenize_dataset(codes, Noise(), path, **OPTIONS); assert digest(path) == digest(whole) and codes.clips <= 4*50
 
 
 def test_bad_videos(world, tmp_path):
-    "A few are replaced; too many are refused, also when the file had nearly been finished."
+    "A few are replaced; too many are refused, again and again, until they are repaired."
     shutil.copytree(world/'plain', tmp_path/'some'); next((tmp_path/'some').rglob('*.mp4')).write_bytes(b'no video')
     for _ in range(2):
         with pytest.raises(InputError) as e: train_from_videos(from_videos(world, tmp_path/'run', f'folder={tmp_path/"some"}'), quiet)
-        one_line(e, '1 of 12 videos cannot be read'); assert not (tmp_path/'run'/'tokens.npy').exists()
+        one_line(e, '1 of 12 videos cannot be read'); assert not list((tmp_path/'run').glob('tokens*'))
+    for file in (world/'plain').rglob('*.mp4'): shutil.copy(file, tmp_path/'some'/file.relative_to(world/'plain'))
+    train_from_videos(from_videos(world, tmp_path/'run', f'folder={tmp_path/"some"}'), quiet)
 
 
 @pytest.mark.parametrize('changes, words', [(dict(condition_frames=8), ['condition_frames', '8 frames']), (dict(tokenizer='nowhere'), ['no tokenizer in nowhere']), (dict(data='k500=x'), ['k500']),
