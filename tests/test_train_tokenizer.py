@@ -262,6 +262,13 @@ def test_two_stages_and_averaged_weights(data, tmp_path):
     assert all(torch.allclose(m, p, atol=1e-6) for m, p in zip(mean, net.parameters()))
     lines = log(tmp_path); assert all(l['align_a'] != 0 for l in lines[:4]) and all(l['align_a'] == 0 for l in lines[4:])
 
+def test_several_data_sets(data, tmp_path):
+    (plain := tmp_path/'plain').mkdir()
+    for i, p in enumerate(sorted(Path(data).rglob('*.mp4'))[:6]): (plain/f'{i}.mp4').write_bytes(p.read_bytes())
+    train_tokenizer(config((f'ucf101={data}:3', f'folder={plain}:1'), steps=3, validation_clips=4), tmp_path/'mixed', small()); assert 'val_psnr' in log(tmp_path/'mixed')[-1]
+    train_tokenizer(config(str(plain), steps=1), tmp_path/'alone', small()); assert json.loads((tmp_path/'alone'/'config.json').read_text())['data'] == [str(plain)]
+    with pytest.raises(InputError, match='write folder=PATH'): train_tokenizer(config((data, str(plain))), tmp_path/'wrong', small())
+
 def test_the_paper_preset():
     c = TokenizerTraining.preset('paper'); assert (c.batch_size, c.lr, c.betas, c.muon_lr, c.epochs, c.discriminator_weight, c.discriminator_every, c.quantizer_weight) == (128, 1e-4, (.5, .9), 0., 75, .3, 5, .1)
     assert c.perceptual == 'lpips-vgg' and c.prior_weight == 0 and (c.reconstruction_weight, c.l2_weight, c.perceptual_weight, c.discriminator_lr) == (1., 0., 1., 3e-5)
