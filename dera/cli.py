@@ -81,10 +81,15 @@ def _pair(run, tokenizer, generator):
     if writer.config.tokenizer != fingerprint(model): raise InputError(f'the generator in {generator or run} was trained on tokens of another tokenizer; name its own with --tokenizer, or train it again')
     return model, writer
 
-def _names(config):
-    "Class names of a generator; numbers for data that is not the pocket world."
+def _learned(folder):
+    "What a generator's folder says of its training: class names, number of known frames."
+    file = Path(folder)/'training.json'
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+def _names(config, learned):
+    "Class names of a generator; numbers where nobody has said them."
     from dera.pocket import CLASSES
-    return CLASSES if config.num_classes == len(CLASSES) else [str(i) for i in range(config.num_classes)]
+    return learned.get('classes') or (CLASSES if config.num_classes == len(CLASSES) else [str(i) for i in range(config.num_classes)])
 
 def _labels(classes, names):
     "Class ids from names or numbers."
@@ -93,7 +98,7 @@ def _labels(classes, names):
         if name.lower() not in known: raise InputError(f'unknown class {name!r}; give a number from 0 to {len(names) - 1}' + ('' if names[0] == '0' else f' or a name such as {names[0]} or {names[-1]}'))
     return torch.tensor([known[name.lower()] for name in classes])
 
-def _condition(model, writer, classes, first_frames, frames, guidance, count):
+def _condition(model, writer, learned, classes, first_frames, frames, guidance, count):
     "What to generate from: labels or prefix, guidance, names of the clips, the known frames."
     from dera.ar import frame_prefix
     from dera.data import read_chunks
@@ -101,17 +106,17 @@ def _condition(model, writer, classes, first_frames, frames, guidance, count):
     if bool(first_frames) != bool(writer.config.prefix_tokens):
         raise InputError('this generator continues first frames; give them with --first-frames VIDEO' if not first_frames else 'this generator was trained on classes; leave --first-frames out')
     if not first_frames:
-        names = _names(writer.config); labels = _labels(classes or ((names[0], names[-1]) if names[0] != '0' else ('0',)), names).repeat_interleave(count)
+        names = _names(writer.config, learned); labels = _labels(classes or ((names[0], names[-1]) if names[0] != '0' else ('0',)), names).repeat_interleave(count)
         return dict(labels=labels, guidance=1.5 if guidance is None else guidance), [f'{names[l]}_{i % count}' for i, l in enumerate(labels.tolist())], None
     if guidance is not None: raise InputError('frame prediction knows no classes, so no guidance; leave --guidance out')
-    known = read_chunks(first_frames, frames, model.config.size)[0][None]
+    known = read_chunks(first_frames, frames or learned.get('condition_frames', 5), model.config.size)[0][None]
     with torch.inference_mode(): prefix = frame_prefix(model, known).repeat(count, 1)
     return dict(prefix=prefix), [f'{Path(first_frames).stem}_{i}' for i in range(count)], known[0]
 
 # %% ../nbs/19_command_line.ipynb #generate
 def generate(classes:tuple[str, ...]=(), # names or numbers; default: the first and the last class
              first_frames:str='', # a video to continue, for a generator of frame prediction
-             frames:int=5, # of it that are known
+             frames:int=0, # of it that are known; 0: as many as in the generator's training
              run:str='runs/demo', # folder of a demo run: its tokenizer and generator
              tokenizer:str='', # folder of a tokenizer, instead of the run's
              generator:str='', # folder of a generator, instead of the run's
@@ -126,7 +131,8 @@ def generate(classes:tuple[str, ...]=(), # names or numbers; default: the first 
     "Generate clips of the asked classes, or continue a video; Ctrl-C keeps what is finished."
     from tqdm import tqdm
     from dera.pocket import write_video
-    model, writer = _pair(run, tokenizer, generator); given, names, known = _condition(model, writer, classes, first_frames, frames, guidance, count)
+    model, writer = _pair(run, tokenizer, generator); learned = _learned(generator or Path(run)/'generator'/'generator')
+    given, names, known = _condition(model, writer, learned, classes, first_frames, frames, guidance, count)
     _writable(Path(out)/'generated.json'); done, clips, device = [], [], 'cuda' if torch.cuda.is_available() else 'cpu'; model.to(device); writer.to(device)
     try:
         for rows, indices in writer.generate_batches(**given, seed=seed, batch_size=batch_size, temperature=temperature, top_k=top_k, top_p=top_p, progress=tqdm):

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from .ar import Generator, GeneratorConfig, frame_prefix
 from .data import Manifest, VideoClips
-from .train_tokenizer import _TOKENIZERS, _Meter, _Saved, _accelerator, _asked, _clips, _signals, _together, _update
+from .train_tokenizer import _settle, _shot, _TOKENIZERS, _Meter, _Saved, _accelerator, _asked, _clips, _signals, _together, _update
 from .utils import InputError, RunFolder, animation, autocast, load_checkpoint, load_model, save_checkpoint, write_atomic
 
 # %% ../nbs/12_ar_training.ipynb #fingerprint
@@ -163,9 +163,10 @@ def tokenize_dataset(tokenizer:torch.nn.Module, # `.encode(video).indices` (B, L
         except InputError:
             if getattr(dataset, 'replace_bad', False): _give_up(part)
             raise
-        except RuntimeError as e:
-            if 'DataLoader worker' not in str(e): raise
-            raise InputError(f'a process that decodes was killed ({str(e).splitlines()[0]}); often memory is short: lower --workers; the same command goes on from {part}') from None
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as e:
+            if not workers or not _shot(e): raise
+            _settle(e)
+            raise InputError(f'a process that decodes was killed ({(str(e) or type(e).__name__).splitlines()[0]}); often memory is short: lower --workers; the same command goes on from {part}') from None
         accelerator.wait_for_everyone()
         if accelerator.is_main_process: _finish(part, path, about)
         accelerator.wait_for_everyone()
@@ -495,7 +496,8 @@ def train_generator(config:ARConfig,
     "Train a generator, or go on where the run folder's last checkpoint ends."
     c = config; _check(c, int(os.environ.get('WORLD_SIZE', 1))); data = _data(c, tokens, labels, held)
     if c.epochs > 0: c = replace(c, steps=max(1, round(c.epochs*data.clips/c.batch_size)))
-    run = RunFolder(out or c.out); run.check_writable(); accelerator = _accelerator(c, run.path); main, place = accelerator.is_main_process, (accelerator.process_index, accelerator.num_processes)
+    run = RunFolder(out or c.out); accelerator = _accelerator(c, run.path); main, place = accelerator.is_main_process, (accelerator.process_index, accelerator.num_processes)
+    if main: run.check_writable()
     t, meter, saved = _begin(c, run, data, accelerator); stopped = 0
     with _signals() as asked, _together(accelerator, run):
         bar = progress(range(saved.step, min(c.steps, stop_after or c.steps)), initial=saved.step, total=c.steps, desc='training the generator', unit='step', disable=not main)

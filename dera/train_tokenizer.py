@@ -6,7 +6,7 @@
 __all__ = ['TIMES', 'TokenizerTraining', 'learning_rate', 'reconstruct_set', 'train_tokenizer', 'main']
 
 # %% ../nbs/10_tokenizer_training.ipynb #imports
-import contextlib, functools, json, math, os, resource, shutil, signal, sys, threading, time
+import contextlib, functools, json, math, os, resource, shutil, signal, sys, threading, time, traceback
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -235,6 +235,16 @@ class _Rows:
         order = torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed*1_000_003 + self.epoch))
         return iter(order[:self.n//self.batch_size*self.batch_size].view(-1, self.processes, self.batch_size//self.processes)[self.skip:, self.rank].tolist())
 
+def _shot(error):
+    "Whether a process that decodes is gone, which DataLoader says in several ways."
+    said = str(error); return 'DataLoader worker (pid' in said or not isinstance(error, RuntimeError) and 'Caught' not in said
+
+def _settle(error):
+    "Let DataLoader's signal come and its iterator go, so that neither breaks into what follows."
+    try: time.sleep(.3)
+    except RuntimeError: pass
+    while error: traceback.clear_frames(error.__traceback__); error = error.__context__
+
 def _feed(dataset, c, start, accelerator):
     "(clips of this process, seconds waited) of step `start`, `start + 1`, ..., without end."
     rows = _Rows(len(dataset), c.batch_size, c.seed, accelerator.process_index, accelerator.num_processes); per_epoch = len(rows)
@@ -246,9 +256,9 @@ def _feed(dataset, c, start, accelerator):
         while True:
             clock = time.perf_counter()
             try: batch = next(batches, None)
-            except RuntimeError as e:
-                if 'DataLoader worker' not in str(e): raise
-                raise InputError(f'a process that decodes was killed ({str(e).splitlines()[0]}); often memory is short: lower --workers') from None
+            except (RuntimeError, OSError, EOFError) as e:
+                if not c.workers or not _shot(e): raise
+                _settle(e); raise InputError(f'a process that decodes was killed ({(str(e).splitlines() or [type(e).__name__])[0]}); often memory is short: lower --workers') from None
             if batch is None: break
             yield batch['video'], time.perf_counter() - clock
 

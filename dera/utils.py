@@ -118,7 +118,8 @@ class RunFolder:
 
     def check_writable(self):
         "Fail before any work is done, not after."
-        try: (self.path/'.probe').touch(); (self.path/'.probe').unlink()
+        probe = self.path/f'.probe.{os.getpid()}'
+        try: probe.touch(); probe.unlink()
         except OSError as e:
             raise InputError(f'cannot write to the run folder {self.path} ({e.strerror}); choose another with --out') from None
 

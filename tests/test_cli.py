@@ -116,9 +116,22 @@ def test_audit_and_prepare(data, tmp_path):
     refused(dera('prepare', root, root/'within'), 'elsewhere'); refused(dera('prepare', root, tmp_path/'small', '--size', 24), 'another folder')
 
 def test_bench(tmp_path):
-    import json
     result = dera('bench', 'render', '--clips', 2, '--size', 16, '--repeats', 1, '--out', tmp_path/'b.json'); assert result.returncode == 0, result.stderr
     saved = json.loads((tmp_path/'b.json').read_text())
     assert saved['command'] in result.stdout and saved['torch'] in result.stdout and all(r['clips_per_second'] > 0 for r in saved['rows'])
     refused(dera('bench', 'paint'), 'paint', 'render'); refused(dera('bench'), 'nothing')
     refused(dera('bench', 'render', '--repeats', 0), 'repeats')
+
+def test_bench_train(tmp_path):
+    from dera.bench import bench_train, table
+    result, half = bench_train('tiny', 2, 1, precision='no', out=str(tmp_path/'t.json')), bench_train('tiny', 1, 1, precision='no', teachers=False)
+    assert json.loads((tmp_path/'t.json').read_text()) == result and 'bench train --preset tiny --batch 2' in table(result) and '--no-teachers' in half['command']
+    full, bare = ({r['part']: r for r in found['rows']} for found in (result, half))
+    parts = 'encoder', 'decoder', 'teachers', 'perceptual', 'discriminator', 'SACP', 'optimiser'
+    assert all(full[p]['seconds'] > 0 for p in (*parts, 'data')) and {p for p in parts if bare[p]['seconds'] is None} == {'teachers', 'SACP'}
+    for rows in full, bare: assert sum(rows[p]['share'] or 0 for p in (*parts, 'rest')) == pytest.approx(1)
+    for p in 'decoder', 'perceptual', 'discriminator': assert full[p]['teraflop'] == pytest.approx(2*bare[p]['teraflop'])
+    d, n, depth, pixels = 128, 64 + 64, 4, 3*2*8*8          # the decoder by hand: forward, and twice as much backward; 5 products of attention there
+    linear = 2*n*12*d*d*depth + 2*64*16*d + 2*64*d*pixels; attention = 4*n*n*d*depth
+    assert full['decoder']['teraflop'] == pytest.approx(2*(3*linear + 3.5*attention)/1e12, rel=.02)
+    assert full['step']['mfu_matmul'] > 0 and full['step']['mfu_nominal'] is None
