@@ -262,7 +262,7 @@ def _plain(function):
 # %% ../nbs/19_command_line.ipynb #main-bench
 def _bench(args):
     from dera import bench
-    parts = {n: _documented(getattr(bench, f'bench_{n}')) for n in ('render', 'data', 'tokenizers', 'generate')}
+    parts = {n: _documented(getattr(bench, f'bench_{n}')) for n in ('render', 'data', 'tokenizers', 'generate', 'train')}
     def command():
         if not args or args[0] not in {*parts, '-h', '--help'}:
             raise InputError(f'bench measures one of {", ".join(parts)}; got {args[0] if args else "nothing"}')

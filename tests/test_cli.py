@@ -25,7 +25,7 @@ def refused(result, *words):
     lines = [l for l in result.stderr.splitlines() if l.startswith('dera: ')]
     assert len(lines) == 1 and all(w in lines[0] for w in words), result.stderr
 
-@pytest.mark.parametrize('command', 'demo,train-tokenizer,train-ar,reconstruct,generate,evaluate,train-teachers,audit,bench render,bench data,bench tokenizers,bench generate'.split(','))
+@pytest.mark.parametrize('command', 'demo,train-tokenizer,train-ar,reconstruct,generate,evaluate,train-teachers,audit,bench render,bench data,bench tokenizers,bench generate,bench train'.split(','))
 def test_help(command, capsys):
     assert here(*command.split(), '--help') == 0 and '--out' in capsys.readouterr().out
 
