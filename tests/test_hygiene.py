@@ -87,6 +87,15 @@ def check_pictures(name, nb):
             moves = p[:3] == b'GIF' or b'acTL' in p[:4096]
             if moves and len(p) > 300_000: yield f'the animation of cell {c["id"]!r} has {len(p)//1000} kB, over 300'
 
+def check_leftovers(name, nb):
+    if 'widgets' in nb.metadata: yield 'the state of widgets is saved with it; it shows nothing without a kernel'
+    for c in code_cells(nb):
+        if any(o.get('name') == 'stderr' and not o.text.strip() for o in c.outputs): yield f'cell {c["id"]!r} has an empty output'
+
+def check_long_cells(name, nb):
+    for c in code_cells(nb):
+        if length(c) > 50: yield f'cell {c["id"]!r} has {length(c)} lines, over 50; divide it'
+
 def check_cells(name, nb):
     for c in filter(exported, code_cells(nb)):
         if length(c) > 40: yield f'exported cell {c["id"]!r} has {length(c)} lines, over 40'
@@ -148,6 +157,8 @@ BREAKS = [
     (check_words, _source(4, '## Exercises\nTODO')),
     (check_pictures, _output('image/png', base64.b64encode(b'\x89PNG....acTL' + bytes(300_000)).decode())),
     (check_pictures, _output('image/gif', base64.b64encode(b'GIF89a' + bytes(300_000)).decode())),
+    (check_leftovers, lambda nb: nb.metadata.update(widgets={})), (check_leftovers, lambda nb: nb.cells[3].outputs.append(nbformat.v4.new_output('stream', name='stderr', text='\n'))),
+    (check_long_cells, _source(2, 'x = 1\n'*51)),
     (check_cells, _source(2, '#| export\n' + 'x = 1\n'*41)), (check_cells, _source(2, '#| hide\n#|export\nimport os\nx = 1')),
 ]
 
