@@ -681,7 +681,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                              'dera/train_tokenizer.py'),
                                       'dera.train_tokenizer._align': ('tokenizer_training.html#_align', 'dera/train_tokenizer.py'),
                                       'dera.train_tokenizer._asked': ('tokenizer_training.html#_asked', 'dera/train_tokenizer.py'),
-                                      'dera.train_tokenizer._average': ('tokenizer_training.html#_average', 'dera/train_tokenizer.py'),
                                       'dera.train_tokenizer._begin': ('tokenizer_training.html#_begin', 'dera/train_tokenizer.py'),
                                       'dera.train_tokenizer._check': ('tokenizer_training.html#_check', 'dera/train_tokenizer.py'),
                                       'dera.train_tokenizer._clips': ('tokenizer_training.html#_clips', 'dera/train_tokenizer.py'),

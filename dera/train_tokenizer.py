@@ -24,7 +24,7 @@ from .losses import (ARPrior, LeCAM, ReconstructionLoss, VideoDiscriminator, adv
                          load_lpips, scheduled_sampling)
 from .quantize import codebook_stats
 from .query import GridTokenizer, QueryTokenizer
-from .sacp import GradientSACP, SACP, SoftConflict
+from .sacp import GradientSACP, SACP, SoftConflict, _average
 from .streams import DeRATokenizer, TokenizerConfig
 from .teachers import load_teacher
 from .utils import InputError, RunFolder, animation, autocast, load_checkpoint, load_model, save_checkpoint, seed_everything, write_atomic
@@ -151,7 +151,7 @@ def _clips(c, config, data, splits, **options):
     for split in splits:
         try: return VideoClips(data, config.num_frames, config.size, c.sampling, split=split, seed=c.seed, progress=tqdm, **options)
         except InputError as e:
-            if 'split' not in str(e) or split is None: raise
+            if split is None or not str(e).startswith(('no split', 'unknown split', 'no ucfTrainTestlist')): raise
 
 def _training(c, config):
     "The clips to learn from: of the split `train`; all of a single folder that has no splits."
@@ -175,8 +175,7 @@ def _tokenizer(c, given):
 def _networks(c, config, teachers):
     "Everything but the tokenizer that learns: projectors, opponent, prior."
     sizes = dict(num_frames=config.num_frames, size=config.size)
-    fits = lambda t: t is None or match_grid(torch.zeros(1, math.prod(t.grid), 1), t.grid, config.grid if t.modality == 'video' else (1, *config.grid[1:]))
-    for t in teachers: fits(t)
+    for t in filter(None, teachers): match_grid(torch.zeros(1, math.prod(t.grid), 1), t.grid, config.grid if t.modality == 'video' else (1, *config.grid[1:]))
     return dict(alignment=Alignment(config.dim, *[t and t.dim for t in teachers], c.projector_hidden, c.projector_shared),
                 discriminator=VideoDiscriminator.preset(c.preset, **sizes) if c.discriminator_weight else None,
                 prior=ARPrior.preset(c.preset, num_tokens=config.num_tokens, latent_dim=config.latent_dim) if c.prior_weight else None)
@@ -335,17 +334,11 @@ def _losses(c, t, x, step, steps):
     return terms | aligned, found | seen, video
 
 # %% ../nbs/10_tokenizer_training.ipynb #update
-def _average(params):
-    "Replace gradients by their means over processes."
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1): return
-    grads = [p.grad for p in params if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in grads]); dist.all_reduce(flat); flat /= dist.get_world_size()
-    for g, mean in zip(grads, flat.split([g.numel() for g in grads])): g.copy_(mean.view_as(g))
-
 def _update(c, t, names, weights=None):
     "Average, unscale, clip and apply gradients; returns their norm and whether they were applied."
     optimizers = [t.optimizers[n] for n in names if n in t.optimizers]
-    params = [p for o in optimizers for group in o.param_groups for p in group['params']]; _average(params)
+    params = [p for o in optimizers for group in o.param_groups for p in group['params']]; learned = [p for p in params if p.grad is not None]
+    for p, g in zip(learned, _average([p.grad for p in learned])): p.grad = g
     found = t.collector.apply(weights, t.scaler.get_scale()) if weights and t.collector and t.collector.collected else None
     for o in optimizers: t.scaler.unscale_(o)
     norm = torch.nn.utils.clip_grad_norm_(params, c.clip_norm or math.inf); sound = bool(norm.isfinite())
