@@ -6,7 +6,7 @@
 __all__ = ['TIMES', 'TokenizerTraining', 'learning_rate', 'reconstruct_set', 'train_tokenizer', 'main']
 
 # %% ../nbs/10_tokenizer_training.ipynb #imports
-import contextlib, functools, json, math, os, resource, shutil, signal, sys, threading, time, traceback
+import atexit, contextlib, functools, json, math, os, resource, shutil, signal, sys, threading, time, traceback
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -447,7 +447,9 @@ def _leave(run, t):
 
 # %% ../nbs/10_tokenizer_training.ipynb #begin
 def _accelerator(c, out):
-    "accelerate's devices, processes and trackers; told of a CPU, it also joins several processes there."
+    "accelerate's devices, processes and trackers; told of a CPU, it also joins several processes there, until Python ends."
+    import torch.distributed.nn # its default arguments would keep the group of processes for ever, were it imported later
+    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group()) # else its threads may abort Python at the end
     return Accelerator(cpu=not torch.accelerator.is_available(), log_with=c.tracker or None, project_dir=str(out),
                        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=c.timeout))])
 
