@@ -280,7 +280,7 @@ def _interval(interval, length):
 @torch.inference_mode()
 def _write(model, decoder, labels, prefix, uniform, guidance, interval, sampling, tick): # sampling: of `choose_tokens`
     "One batch of clips, token by token, (B, L); calls `tick` after each step."
-    c, b, tokens, (first, last) = model.config, len(uniform), [], interval
+    c, b, tokens, sound, (first, last) = model.config, len(uniform), [], True, interval
     x, guided = model.condition(labels, prefix), guidance != 1 and first < last
     if guided: x = torch.cat([x, model.condition(torch.full_like(labels, c.num_classes))])
     start = x.shape[1] - 1
@@ -291,8 +291,10 @@ def _write(model, decoder, labels, prefix, uniform, guidance, interval, sampling
         logits = decoder.step(x + model.positions[start + i], start + i)
         if guided:
             given, none = logits.chunk(2); logits = none + guidance*(given - none) if i >= first else given
-        tokens.append(choose_tokens(logits, uniform[:, i], *sampling)); tick()
+        sound = (logits.amax() < math.inf) & sound
+        tokens.append(choose_tokens(logits, uniform[:, i], *sampling).clamp(max=c.vocab_size - 1)); tick()
         x = model.tokens(tokens[-1]); x = x.repeat(2, 1) if guided else x
+    if not sound: raise InputError('the generator answers with NaN or infinite logits, from which no token can be drawn; look at its weights and the log of its training')
     return torch.stack(tokens, 1)
 
 # %% ../nbs/11_ar_generation.ipynb #generate

@@ -143,7 +143,7 @@ def frame_indices(available:int, # frames in the file, n
                   seed:int|None=None # draws the start of `native`; None: the centred window
                  ) -> np.ndarray: # (clips, T) int64; one clip unless `all`
     "Which frames make a clip; where the file is too short its last frame repeats."
-    if num_frames < 1: raise InputError(f'num_frames is {num_frames}; a clip needs at least 1 frame')
+    if min(available, num_frames) < 1: raise InputError(f'{available} frames in the file and num_frames {num_frames} for a clip; both must be at least 1')
     n, T = available, num_frames; i = np.arange(T)[None]
     if sampling not in ('native', 'uniform', 'all'):
         raise InputError(f'unknown sampling {sampling!r}; choose native, uniform or all')
@@ -200,7 +200,7 @@ def _pictures(frames):
         matrix = matrix or _matrix(frame)
         yield _upright(converter.reformat(frame, format='rgb24', **alone).to_ndarray(), matrix)
 
-def _frames_pyav(path, info, wanted):
+def _frames_pyav(path, wanted):
     "Yield the wanted frames of a file, decoded from the start."
     with _opened(path) as (file, stream): yield from _pictures(_from_start(file, stream, wanted))
 
@@ -244,7 +244,7 @@ def _load(path, size, indices, backend=None):
         if backend == 'decord' and _suits_decord(file, first):
             with contextlib.suppress(Exception): return fit(_frames_decord(path, n, (first.height, first.width, 3), wanted))
         with contextlib.suppress(Exception): return fit(_pictures(_jumping(file, stream, index, wanted)))
-    try: return fit(_frames_pyav(path, None, wanted))
+    try: return fit(_frames_pyav(path, wanted))
     except InputError: raise
     except Exception as e: _refuse(path, f'it cannot be decoded ({_cause(e)}); fetch or convert it again')
 
@@ -834,7 +834,7 @@ def _prepare_file(job, size, crf):
     source, target = map(Path, job); part = target.with_name(f'.{target.name}.part.mp4')
     try:
         info = probe(source); rate = Fraction(info.fps or 25).limit_denominator(1001)
-        _encode(part, (_shrink(f, size) for f in _frames_pyav(source, info, range(info.num_frames))), rate, crf)
+        _encode(part, (_shrink(f, size) for f in _frames_pyav(source, range(info.num_frames))), rate, crf)
         if probe(part).num_frames != info.num_frames: raise ValueError('its copy has another number of frames')
         part.replace(target); return '', False
     except InputError as e: return str(e).removeprefix(f'cannot read {source}: '), False

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from . import report
 from .ar import GeneratorConfig
 from .data import VideoClips
-from .metrics import FrechetVideoDistance, baselines, factor_accuracy, load_factor_classifier, psnr, ssim, token_swap
+from .metrics import baselines, factor_accuracy, load_factor_classifier, psnr, ssim, token_swap, video_distance
 from .pocket import CLASSES, write_dataset, write_video
 from .quantize import codebook_stats
 from .teachers import load_teacher
@@ -90,12 +90,6 @@ def _without(tokenizer, indices, video, part):
     indices = indices.clone(); indices[:, part] = 0
     with torch.no_grad(): return psnr(torch.cat([tokenizer.decode(i).clamp(0, 1) for i in indices.split(50)]), video)
 
-def _frechet(teacher, real, fake):
-    distance = FrechetVideoDistance(teacher)
-    for v in real.split(100): distance.update(real=v)
-    for v in fake.split(100): distance.update(fake=v)
-    return distance.name, distance.compute()
-
 def measure(tokenizer, # trained
             test:torch.Tensor, test_labels:torch.Tensor, # held-out clips (N, 3, T, H, W) and class ids
             generated:torch.Tensor, labels:torch.Tensor # generated clips and the classes asked for
@@ -108,7 +102,7 @@ def measure(tokenizer, # trained
              psnr_without_appearance=_without(tokenizer, indices, test, slice(0, a)), ssim=float(ssim(pictures, test)))
     m |= {f'code_{k}': v for k, v in codebook_stats(indices, tokenizer.config.codebook_size).items()}
     for kind, video in dict(reconstructed=pictures, generated=generated).items():
-        name, value = _frechet(teacher, test, video); m[f'{name} {kind}'] = value
+        name, value = video_distance(test, video, teacher); m[f'{name} {kind}'] = value
     for kind, video, y in ('real', test, test_labels), ('reconstructed', pictures, test_labels), ('generated', generated, labels):
         m |= {f'{k} recognised, {kind}': v for k, v in factor_accuracy(judge, video, y).items()}
     return {k: float(v) for k, v in m.items()} | {'class recognised by chance': 1/len(CLASSES)}, pictures

@@ -270,7 +270,7 @@ def scheduled_sampling(step:int, steps:int, # now, and of the whole training
                        ramp:float=.3 # share of the training after which it is reached
                       ) -> float: # in [0, peak]
     "Probability of reading a sampled code: a straight line up, then constant."
-    return peak*min(1., step/(ramp*steps))
+    return peak if step >= ramp*steps else peak*step/(ramp*steps)
 
 # %% ../nbs/09_reconstruction_losses.ipynb #total
 def total_loss(reconstruction:torch.Tensor, # of `ReconstructionLoss`

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'psnr', 'baselines', 'ssim', 'lpips', 'GaussianStats', 'frechet_distance', 'FrechetVideoDistance',
-           'Extractor', 'load_i3d', 'load_extractor', 'Protocol', 'protocol', 'protocol_rows', 'save_stats',
-           'load_stats', 'linear_probe', 'token_swap', 'FactorClassifier', 'factor_accuracy', 'train_factor_classifier',
-           'load_factor_classifier', 'extrapolated_distance', 'factor_classes', 'fit_probes', 'probe_accuracy',
-           'teacher_pair', 'Verdict', 'agreement', 'swap_study', 'share_study', 'probe_study', 'load_tokenizer',
-           'study_once', 'decoupling_study', 'h264', 'reconstruct', 'evaluation_table', 'evaluate_tokenizer',
-           'evaluate_generator', 'evaluate_prediction']
+           'video_distance', 'Extractor', 'load_i3d', 'load_extractor', 'Protocol', 'protocol', 'protocol_rows',
+           'save_stats', 'load_stats', 'linear_probe', 'token_swap', 'FactorClassifier', 'factor_accuracy',
+           'train_factor_classifier', 'load_factor_classifier', 'extrapolated_distance', 'factor_classes', 'fit_probes',
+           'probe_accuracy', 'teacher_pair', 'Verdict', 'agreement', 'swap_study', 'share_study', 'probe_study',
+           'load_tokenizer', 'study_once', 'decoupling_study', 'h264', 'reconstruct', 'evaluation_table',
+           'evaluate_tokenizer', 'evaluate_generator', 'evaluate_prediction']
 
 # %% ../nbs/13_evaluation.ipynb #imports
 import hashlib, io, json, math, os, re, warnings
@@ -217,6 +217,16 @@ def _check_pictures(name, video):
     flat = (video.amax((1, 2, 3, 4)) - video.amin((1, 2, 3, 4))) == 0
     if len(video) > 1 and flat.all(): raise InputError(f'{name}: every pixel of every clip has one value; look at the model that made them')
 
+# %% ../nbs/13_evaluation.ipynb #video-distance
+def video_distance(real:torch.Tensor, fake:torch.Tensor, # (N, 3, T, H, W) and (M, 3, T, H, W) in [0, 1]
+                   extractor # as in `FrechetVideoDistance`
+                  ) -> tuple: # name of the score, distance
+    "Frechet distance between two sets of clips, 100 clips at a time."
+    score = FrechetVideoDistance(extractor)
+    for clips in real.split(100): score.update(real=clips)
+    for clips in fake.split(100): score.update(fake=clips)
+    return score.name, score.compute()
+
 # %% ../nbs/13_evaluation.ipynb #extractor
 class Extractor:
     "Features of videos under a name that tells them from all others."
@@ -289,9 +299,9 @@ class Protocol:
         "The protocol with other values, which its name then tells."
         unknown = [k for k in values if k not in {f.name for f in fields(self)} - {'name'}]
         if unknown: raise InputError(f'a protocol has no {unknown[0]!r}; it has {", ".join(f.name for f in fields(self)[1:])}')
-        new = {k: v for k, v in values.items() if v != getattr(self, k)}; base = self.name.split(' changed in ')
-        told = sorted({*new, *(base[1].split(', ') if len(base) > 1 else [])} - {'seed'})
-        return replace(self, **new, name=base[0] + (f' changed in {", ".join(told)}' if told else ''))
+        name, _, before = self.name.partition(' changed in '); new, base = replace(self, **values), PROTOCOLS.get(name)
+        told = {f.name for f in fields(self) if getattr(new, f.name) != getattr(base or self, f.name)} | ({*before.split(', ')} if not base else set())
+        told = sorted(told - {'name', 'seed', ''}); return replace(new, name=name + (f' changed in {", ".join(told)}' if told else ''))
 
     def describe(self, extractor, # an `Extractor`, or None
                  real:int, fake:int) -> str: # numbers of clips
@@ -655,7 +665,7 @@ def load_tokenizer(folder:str|Path # holds config.json and model.safetensors
     file = Path(folder)/'model.safetensors'
     try:
         with safe_open(file, 'pt') as f: names = set(f.keys())
-    except Exception: raise InputError(f'no tokenizer in {folder}; name a folder with config.json and model.safetensors') from None
+    except Exception: raise InputError(f'no tokenizer in {folder}; train one first, or name a folder with config.json and model.safetensors') from None
     kind = DeRATokenizer if 'appearance_queries' in names else QueryTokenizer if 'queries' in names else GridTokenizer
     return load_model(kind, folder)
 
@@ -793,15 +803,19 @@ def _tokenizer_pictures(rows, tokenizer, clips):
     from dera.train_tokenizer import reconstruct_set
     x = _stack(clips, rows); return x, *reconstruct_set(tokenizer, x, _PART)
 
+def _written(rows, generator, tokenizer, seed, **given): # given: labels and guidance, or prefix
+    indices = generator.generate(**given, seed=[seed + i for i in rows]); return tokenizer.decode(indices).clamp(0, 1).cpu(), indices.cpu()
+
 @torch.no_grad()
 def _generator_pictures(rows, generator, tokenizer, labels, guidance, seed):
-    with _frozen(tokenizer): indices = generator.generate(labels=labels[rows], guidance=guidance, seed=[seed + i for i in rows]); return tokenizer.decode(indices).clamp(0, 1).cpu(), indices.cpu()
+    with _frozen(tokenizer): return _written(rows, generator, tokenizer, seed, labels=labels[rows], guidance=guidance)
 
 @torch.no_grad()
 def _predicted_pictures(rows, generator, tokenizer, clips, chosen, given, seed): # rows count samples, chosen[row] is the clip
-    x = _stack(clips, [chosen[i] for i in rows]); known = x[:, :, torch.arange(x.shape[2]).clamp(max=given - 1)].to(_device(tokenizer))
-    with _frozen(tokenizer): indices = generator.generate(prefix=tokenizer.encode(known).indices, seed=[seed + i for i in rows]); picture = tokenizer.decode(indices).clamp(0, 1).cpu()
-    picture[:, :, :given] = x[:, :, :given]; return x, picture, indices.cpu()
+    from dera.ar import frame_prefix
+    x = _stack(clips, [chosen[i] for i in rows])
+    with _frozen(tokenizer): picture, indices = _written(rows, generator, tokenizer, seed, prefix=frame_prefix(tokenizer, x[:, :, :given].to(_device(tokenizer)), x.shape[2]))
+    picture[:, :, :given] = x[:, :, :given]; return x, picture, indices
 
 # %% ../nbs/13_evaluation.ipynb #part-works
 def _features(extractor, video, p, device): return extractor(_resized(video, p.score_size).to(device)).cpu()
@@ -956,8 +970,9 @@ def evaluate_generator(generator, tokenizer, source, out:str|Path, # a pair that
 def _belong(generator, tokenizer):
     "Refuse a generator of other tokens."
     from dera.train_ar import fingerprint
-    known = getattr(generator.config, 'tokenizer', '')
-    if known and known != fingerprint(tokenizer): raise InputError('the generator was trained on tokens of another tokenizer; name the one that belongs to it')
+    g, c = generator.config, tokenizer.config # one that names no tokenizer must fit in size
+    fits = g.tokenizer == fingerprint(tokenizer) if g.tokenizer else (g.num_tokens, g.vocab_size) == (c.num_tokens, c.codebook_size)
+    if not fits: raise InputError('the generator was trained on tokens of another tokenizer; name the one that belongs to it')
 
 def evaluate_prediction(generator, tokenizer, source, out:str|Path, # a generator that continues a prefix; the rest as in `evaluate_tokenizer`
                         p:Protocol=PROTOCOLS['k600-fp'], extractor:Extractor|None=None, workers:int=1, split_id:int=1,

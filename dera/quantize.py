@@ -44,7 +44,7 @@ def _pick(z, codes, u, temperature, table=None): # (N, D), (K, D), (N,) in (0, 1
     scores = torch.mm(z, codes.T, out=table)
     if u is None: return scores.argmax(-1)
     total = scores.sub_(scores.amax(-1, keepdim=True)).div_(temperature).exp_().cumsum_(-1)
-    return torch.searchsorted(total, u[:, None]*total[:, -1:]).squeeze(-1)
+    return torch.searchsorted(total, u[:, None]*total[:, -1:]).squeeze(-1).clamp_(max=len(codes) - 1) # NaN is beyond the last
 
 def _search(z, codes, u, temperature, scores=2**21):
     "`_pick` for a few latents at a time, in one table of at most `scores` numbers (or one row)."
@@ -169,6 +169,7 @@ class FSQ(nn.Module):
 
     def forward(self, z:torch.Tensor # (B, L, len(levels))
                ) -> Quantized: # z in [-1, 1]
+        if z.shape[-1] != len(self.levels): raise InputError(f'latents have {z.shape[-1]} coordinates, levels {len(self.levels)}; make them equal')
         with torch.autocast(z.device.type, enabled=False):
             half, offset = (self.levels - 1)*(1 + 1e-3)/2, .5*(self.levels % 2 == 0)
             bounded = torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) + torch.atanh(offset/half))*half - offset

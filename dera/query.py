@@ -92,7 +92,7 @@ class Transformer(nn.Module):
             weight[:dim] *= tie; weight[dim:2*dim] = weight[:dim]; bias[dim:2*dim] = bias[:dim]
 
     def forward(self, x:torch.Tensor, # (B, N, dim)
-                tap:int|None=None # also return the state after this many blocks
+                tap:int|None=None # also return the state after this many blocks; after the last one, the normed output
                ): # (B, N, dim), or that and the tapped state
         tapped, again = None, self.checkpoint and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
@@ -125,9 +125,10 @@ def _check_config(c):
 # %% ../nbs/03_query_tokenization.ipynb #presets
 _PRESETS = dict(paper={}, tiny=dict(num_frames=8, size=32, patch_t=2, num_appearance=16, num_motion=48, dim=128,
                                     encoder_depth=4, decoder_depth=4, heads=4, codebook_size=512, restart=True,
-                                    positions='gaussian', queries='grid'),
+                                    positions='gaussian', queries='grid', tie=1.5),
                 pocket=dict(num_frames=16, size=64, num_appearance=64, num_motion=192, dim=160,
-                            encoder_depth=5, decoder_depth=5, heads=5, codebook_size=1024, restart=True))
+                            encoder_depth=5, decoder_depth=5, heads=5, codebook_size=1024, restart=True,
+                            positions='gaussian', queries='grid', tie=1.5))
 
 def _preset_fields(name, tokens, changes):
     "The fields of a preset with some changed."
@@ -334,7 +335,7 @@ class QueryTokenizer(_Tokenizer):
         if c.queries == 'grid':
             start = coarse_queries(self.clip_positions.data, c.grid, L)
             self.token_positions.data.copy_(start)
-        else: start = .02*torch.randn(L, c.dim, generator=torch.Generator().manual_seed(c.seed))
+        else: start = .02*torch.randn(L, c.dim, generator=torch.Generator().manual_seed(c.seed + 1))
         self.queries = nn.Parameter(start.clone())
 
     def _streams(self, video, tap):

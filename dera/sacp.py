@@ -76,8 +76,13 @@ def _with_gradient(loss, params, gradient, factor):
     return loss + (line - line.detach())
 
 # %% ../nbs/07_sacp_geometry.ipynb #sacp
-def _sacp(loss_a, loss_m, params, weights, eps, relative, level, loss_scale):
+def _known(level):
+    "The level, if there is one of this name."
     if level not in ('loss', 'encoder'): raise InputError(f'unknown level {level!r}; choose loss or encoder')
+    return level
+
+def _sacp(loss_a, loss_m, params, weights, eps, relative, level, loss_scale):
+    _known(level)
     params = [p for p in params if p.requires_grad]
     if not params: raise InputError('no parameter of the encoder requires a gradient; unfreeze it or leave SACP out')
     if not all(weights): # a loss without weight has no say
@@ -107,7 +112,7 @@ class GradientSACP:
                  others=(), # every other parameter that the two losses reach: projectors, embeddings, queries
                  eps:float=1e-8, relative:bool=False, level:str='loss'): # as in `sacp`
         self.params, self.others = ([p for p in ps if p.requires_grad] for ps in (params, others))
-        self.eps, self.relative, self.level, self.collected = eps, relative, level, None
+        self.eps, self.relative, self.level, self.collected = eps, relative, _known(level), None
 
     def collect(self, loss_a, loss_m, # L_a, L_m of a micro-batch; call before the backward pass of the rest
                 share:float=1., loss_scale:float=1.): # share: of the micro-batch in the batch; loss_scale as in `sacp`
@@ -135,8 +140,8 @@ class SACP:
     def __init__(self, eps:float=1e-8, relative:bool=False, level:str='loss', # as in `sacp`
                  every:int=1): # 1: the paper's
         if every < 1: raise InputError(f'every must be at least 1, got {every}')
-        if every > 1 and level != 'loss': raise InputError("every > 1 holds the coefficients of two losses; use level='loss'")
-        self.eps, self.relative, self.level, self.every = eps, relative, level, every
+        if every > 1 and _known(level) != 'loss': raise InputError("every > 1 holds the coefficients of two losses; use level='loss'")
+        self.eps, self.relative, self.level, self.every = eps, relative, _known(level), every
         self.step, self.decisions, self.conflicts, self.held, self.products = 0, 0, 0., None, None
 
     def __call__(self, loss_a, loss_m, params, weights=(1., 1.), loss_scale=1.) -> SACPResult: # as in `sacp`
@@ -154,6 +159,7 @@ class SACP:
     def statistics(self, names # of the parameters, as in `named_parameters`, in the order they were given
                   ) -> dict: # of the last decision; `conflict` is the rate since the last call
         "Conflict rate, cosine, norms of g_a and g_m, and the cosine within each transformer block."
+        if self.products is None: raise InputError('no decision yet: call SACP with two weights above zero first')
         s, n_a, n_m = self.products.cpu().double().T
         cosine = lambda rows: (s[rows].sum()/(n_a[rows].sum()*n_m[rows].sum()).sqrt().clamp(min=1e-150)).item()
         blocks = {}

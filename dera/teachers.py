@@ -494,13 +494,14 @@ HIDDEN = 'Translate SpinLeft SpinRight Grow Shrink Pan Zoom'.split() # motions t
 @torch.no_grad()
 def pooled_tokens(teacher:Teacher, factors:Factors, # n clips
                   num_frames:int=16, size:int=64, # as the tokenizer would see them
-                  when:float=.5 # for an image teacher: which frame, 0 the first, 1 the last
+                  when:float=.5 # for an image teacher: which frame, 0 the first, .5 the middle one, 1 the last; nothing between
                  ) -> torch.Tensor: # (n, dim)
     "Mean of a teacher's tokens for rendered clips."
-    frames, out = 3 if teacher.modality == 'image' else num_frames, []
+    if when not in (0, .5, 1): raise InputError(f'when is 0, .5 or 1 (first, middle, last frame), got {when}')
+    image, out = teacher.modality == 'image', []
     for rows in torch.arange(len(factors)).split(100):
-        video = render(factors[rows], frames, size)
-        out.append(teacher(video[:, :, round(2*when):] if frames == 3 else video).mean(1))
+        video = render(factors[rows], 3 if image else num_frames, size)
+        out.append(teacher(video[:, :, round(2*when):] if image else video).mean(1))
     return torch.cat(out)
 
 # %% ../nbs/05_foundation_models.ipynb #factor-probes

@@ -7,20 +7,21 @@ __all__ = ['TIMES', 'fingerprint', 'mirror_labels', 'tokenize_dataset', 'load_to
            'train_generator', 'train_from_videos', 'main']
 
 # %% ../nbs/12_ar_training.ipynb #imports
-import argparse, functools, hashlib, json, math, os, shutil, signal, sys, time
+import functools, hashlib, json, math, os, shutil, signal, sys, time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np, torch, torch.nn.functional as F, tyro
+import numpy as np, torch, torch.nn.functional as F
 from accelerate.utils import is_tensorboard_available, is_wandb_available
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from .ar import Generator, GeneratorConfig, frame_prefix
 from .data import Manifest, VideoClips
-from .train_tokenizer import _settle, _shot, _TOKENIZERS, _Meter, _Saved, _accelerator, _asked, _clips, _signals, _together, _update
-from .utils import InputError, RunFolder, animation, autocast, load_checkpoint, load_model, save_checkpoint, write_atomic
+from .metrics import load_tokenizer
+from .train_tokenizer import _settle, _shot, _Meter, _Saved, _accelerator, _asked, _clips, _signals, _together, _update
+from .utils import InputError, RunFolder, animation, autocast, load_checkpoint, save_checkpoint, write_atomic
 
 # %% ../nbs/12_ar_training.ipynb #fingerprint
 def fingerprint(model:torch.nn.Module) -> str: # 64 hexadecimal digits
@@ -456,7 +457,7 @@ def _draw(c, t, data, tokenizer, run, step):
         labels = torch.linspace(0, c.generator.num_classes - 1, c.samples).long()
         video = decode(model.generate(labels, guidance=c.guidance if c.generator.class_dropout else 1., seed=c.seed))
     folder = run.path/'samples'; folder.mkdir(exist_ok=True)
-    write_atomic(folder/f'step-{step:07d}.png', animation(video, columns=len(video)//3 if n else None, zoom=1))
+    write_atomic(folder/f'step-{step:07d}.png', animation(video, columns=len(video)//3 if n else None, zoom=max(1, 64//video.shape[-1])))
 
 # %% ../nbs/12_ar_training.ipynb #begin
 def _begin(c, run, data, accelerator):
@@ -520,14 +521,6 @@ def train_generator(config:ARConfig,
     return _end(c, t, run, accelerator, stopped, saved.step, classes)
 
 # %% ../nbs/12_ar_training.ipynb #sources
-def _load_tokenizer(folder):
-    "The saved tokenizer, whichever of the three it is."
-    if not Path(folder, 'config.json').is_file(): raise InputError(f'no tokenizer in {folder}; train one first, or name its folder with --tokenizer')
-    for cls in _TOKENIZERS.values():
-        try: return load_model(cls, folder)
-        except InputError as e: first = e if cls is next(iter(_TOKENIZERS.values())) else first
-    raise first
-
 def _training_clips(c, config):
     "The clips to tokenise: of the asked split; for `train`, all of a single folder that has no splits."
     clips = _clips(c, config, list(c.data), (c.split, None) if c.split == 'train' and len(c.data) == 1 else (c.split,), replace_bad=True)
@@ -557,7 +550,7 @@ def train_from_videos(config:ARConfig,
                       progress=tqdm # a tqdm-like wrapper
                      ) -> Generator: # in evaluation mode, on the CPU
     "Tokenise videos into the run folder and train a generator on them; go on where the same call was stopped."
-    c = config; _check(c, int(os.environ.get('WORLD_SIZE', 1))); tokenizer = _load_tokenizer(c.tokenizer); t, key = tokenizer.config, fingerprint(tokenizer)
+    c = config; _check(c, int(os.environ.get('WORLD_SIZE', 1))); tokenizer = load_tokenizer(c.tokenizer); t, key = tokenizer.config, fingerprint(tokenizer)
     if c.condition_frames >= t.num_frames: raise InputError(f'condition_frames is {c.condition_frames}; clips of this tokenizer have {t.num_frames} frames, so at least one must be left to predict')
     clips = _training_clips(c, t); other, classes = _held_clips(c, t, clips.classes), list(clips.classes)
     if other: c = replace(c, held_out=0.)
@@ -572,14 +565,8 @@ def train_from_videos(config:ARConfig,
 # %% ../nbs/12_ar_training.ipynb #main
 def main(args:list|None=None # default: the command line
         ):
-    "The command line: a preset, then any field of ARConfig."
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False); parser.add_argument('--preset', default='tiny')
-    known, rest = parser.parse_known_args(args)
-    try:
-        config = tyro.cli(ARConfig, args=rest, default=ARConfig.preset(known.preset), prog='python -m dera.train_ar',
-                          description=f'Train a generator on the tokens of videos. --preset is one of {", ".join(_RUNS)}.')
-        train_from_videos(config)
-    except InputError as e: print(f'error: {e}', file=sys.stderr); sys.exit(2)
-    except KeyboardInterrupt: sys.exit(130)
+    "Entry of `accelerate launch -m dera.train_ar`, the same as `dera train-ar`."
+    from dera.cli import _run
+    if code := _run('train-ar', sys.argv[1:] if args is None else args): sys.exit(code)
 
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -6,7 +6,7 @@
 __all__ = ['TIMES', 'TokenizerTraining', 'learning_rate', 'reconstruct_set', 'train_tokenizer', 'main']
 
 # %% ../nbs/10_tokenizer_training.ipynb #imports
-import atexit, contextlib, functools, json, math, os, resource, shutil, signal, sys, threading, time, traceback
+import atexit, contextlib, functools, hashlib, json, math, os, resource, shutil, signal, sys, threading, time, traceback
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .align import Alignment, match_grid, stage_weights, teacher_features
 from .data import VideoClips
 from .losses import (ARPrior, LeCAM, ReconstructionLoss, VideoDiscriminator, adversarial_term, discriminator_terms, discriminator_turn,
-                         load_lpips, scheduled_sampling)
+                         load_perceptual, scheduled_sampling)
 from .quantize import codebook_stats
 from .query import GridTokenizer, QueryTokenizer
 from .sacp import GradientSACP, SACP, SoftConflict, _average
@@ -38,12 +38,12 @@ class _Run:
     model: str = 'dera'             # `dera`, `query` (LARP's) or `grid`
     tokens: int = 0                 # L, split 1:3 (Fig. 3); 0: the preset's
     init: str = ''                  # folder of a tokenizer to start from
-    steps: int = 3000               # optimiser steps
+    steps: int = 6000               # optimiser steps
     epochs: float = 0               # passes over the data; above 0 it sets the steps
-    batch_size: int = 16            # clips a step, over all processes
+    batch_size: int = 4             # clips a step, over all processes
     accumulate: int = 1             # parts in which a process computes its share of the batch
-    lr: float = 2e-3                # AdamW: embeddings, queries, norms, codebook, projectors
-    muon_lr: float = .02            # Muon: matrices in the blocks; 0 gives them to AdamW
+    lr: float = 1e-3                # AdamW: embeddings, queries, norms, codebook, projectors
+    muon_lr: float = .005           # Muon: matrices in the blocks; 0 gives them to AdamW
     betas: tuple[float, float] = (.9, .95) # of AdamW
     warmup: float = 50              # steps in which the rate rises; below 1: their share of all
     clip_norm: float = 0.           # largest norm of the gradient; 0: any
@@ -110,7 +110,7 @@ class TokenizerTraining(_Run):
 
 # %% ../nbs/10_tokenizer_training.ipynb #presets
 _TRAININGS = dict(tiny={},
-    pocket=dict(steps=6000, batch_size=32, image_teacher='pocket64-image', video_teacher='pocket64-video', perceptual='pocket64-video',
+    pocket=dict(image_teacher='pocket64-image', video_teacher='pocket64-video', perceptual='pocket64-video',
                 warmup=100, log_every=20),
     paper=dict(epochs=75, batch_size=128, lr=1e-4, muon_lr=0., betas=(.5, .9), warmup=8/75, ema=.999, cache=False, sampling='native', workers=8,
                image_teacher='vit_base_patch16_dinov3.lvd1689m', video_teacher='internvideo2-b14', projector_hidden=2048,
@@ -128,6 +128,9 @@ def _check(c, processes):
         (not c.data, 'name the videos with --data, as in --data ucf101=PATH'),
         (c.model not in _TOKENIZERS, f'unknown model {c.model!r}; choose {", ".join(_TOKENIZERS)}'),
         (c.surgery not in ('sacp', 'sum', 'soft'), f'unknown surgery {c.surgery!r}; choose sacp, sum or soft'),
+        (c.surgery_level not in ('loss', 'encoder'), f'unknown surgery_level {c.surgery_level!r}; choose loss or encoder'),
+        (not 0 <= c.align_share <= 1, f'align_share is a share of the steps from 0 to 1, got {c.align_share}'),
+        (c.lr <= 0 or min(c.muon_lr, c.timeout) < 0, f'lr must be above 0, muon_lr and timeout not below it; they are {c.lr}, {c.muon_lr} and {c.timeout}'),
         (c.accumulate < 1 or share != int(share) or share < 1, f'batch_size {c.batch_size} does not divide into {processes} processes x {c.accumulate} parts; change one of them'),
         (c.model != 'dera' and 'image' in aligned, f'the {c.model} tokenizer has no first-frame stream to align; set lambda_a to 0'),
         (c.surgery == 'soft' and c.compile, 'the soft conflict needs second derivatives, which compiled code has not; choose one of them'),
@@ -162,7 +165,7 @@ def _training(c, config):
 
 def _validation(c, config):
     "Held-out clips, (N, 3, T, H, W), spread evenly over every source that has them; or None."
-    held = [v for d in c.data if c.validation_clips and (v := _clips(c, config, d, ('val', 'test')))]; share = c.validation_clips//max(1, len(held))
+    held = [v for d in c.data if c.validation_clips and (v := _clips(c, config, d, ('val', 'test')))]; share = max(1, c.validation_clips//max(1, len(held)))
     return torch.stack([v[i*len(v)//share]['video'] for v in held for i in range(share)]) if held else None
 
 def _tokenizer(c, given):
@@ -183,8 +186,7 @@ def _networks(c, config, teachers):
 def _perceptual(c, teachers):
     "The network of the perceptual term; a teacher that is loaded already is not loaded again."
     if not c.perceptual or not c.perceptual_weight: return None
-    if c.perceptual == 'lpips-vgg': return load_lpips()
-    return next((t for t in teachers if t and t.name == c.perceptual), None) or load_teacher(c.perceptual)
+    return next((t for t in teachers if t and t.name == c.perceptual), None) or load_perceptual(c.perceptual)
 
 def _parts(c, tokenizer, device):
     "Everything that a step needs."
@@ -267,7 +269,9 @@ _FREE = 'log_every norms_every save_every validate_every validation_clips tracke
 
 def _identity(c, dataset):
     "What must not change within a run."
-    return json.loads(json.dumps({k: v for k, v in asdict(c).items() if k not in _FREE} | dict(videos=len(dataset))))
+    files = '\n'.join(f"{'/'.join(Path(path).parts[-2:])} {label}" for path, label in zip(dataset.paths, dataset.labels))
+    facts = dict(videos=len(dataset), files=hashlib.sha256(files.encode()).hexdigest()[:16])
+    return json.loads(json.dumps({k: v for k, v in asdict(c).items() if k not in _FREE} | facts))
 
 def _state(t): return {k: v for k, v in vars(t).items() if k in ('tokenizer', 'alignment', 'discriminator', 'prior', 'lecam', 'ema', 'surgery', 'scaler') and v}
 
@@ -283,7 +287,8 @@ def _resume(run, identity, t, main):
         return 0
     state = load_checkpoint(file)
     if state.get('format') != _FORMAT: raise InputError(f"{file} has format {state.get('format', 1)} and this version writes {_FORMAT}; finish it with the version that began it, or choose another --out")
-    differ = [f'{k} {state["identity"].get(k)} then, {v} now' for k, v in identity.items() if state['identity'].get(k) != v]
+    then = dict(files=identity['files']) | state['identity'] # older checkpoints do not know their files
+    differ = [f'{k} {then.get(k)} then, {v} now' for k, v in identity.items() if then.get(k) != v]
     if differ: raise InputError(f'{run.path} holds a run with another {"; ".join(differ)}; choose another --out or start it afresh')
     for k, v in _state(t).items(): v.load_state_dict(state['parts'][k])
     for k, o in t.optimizers.items(): o.load_state_dict(state['optimizers'][k])
@@ -347,10 +352,10 @@ def _update(c, t, names, weights=None):
     return dict(gradient=norm.item()) | decided, sound
 
 # %% ../nbs/10_tokenizer_training.ipynb #one-step
-def _norms(terms, params):
-    "The norm of the gradient of each term."
-    grads = {k: torch.autograd.grad(v, params, retain_graph=True, allow_unused=True) for k, v in terms.items() if v.requires_grad}
-    return {f'gradient_{k}': torch.stack([x.norm() for x in g if x is not None]).norm() for k, g in grads.items()}
+def _norms(terms, params, scale=1.):
+    "The norm of the gradient of each term; scale: of a GradScaler, or half-precision gradients would underflow."
+    grads = {k: torch.autograd.grad(v*scale, params, retain_graph=True, allow_unused=True) for k, v in terms.items() if v.requires_grad}
+    return {f'gradient_{k}': torch.stack([x.norm() for x in g if x is not None]).norm()/scale for k, g in grads.items()}
 
 def _step(c, t, x, step, steps):
     "One optimiser step on this process's clips; returns what to log, and whether it was sound."
@@ -363,7 +368,7 @@ def _step(c, t, x, step, steps):
     for part in x.chunk(c.accumulate):
         with autocast(c.precision, device): terms, found, video = _losses(c, t, part, step, steps)
         loss = sum(terms.values()); found['loss'] = loss
-        if c.norms_every and (step + 1) % c.norms_every == 0: found |= _norms(terms, [p for p in t.tokenizer.parameters() if p.requires_grad])
+        if c.norms_every and (step + 1) % c.norms_every == 0: found |= _norms(terms, [p for p in t.tokenizer.parameters() if p.requires_grad], t.scaler.get_scale())
         t.scaler.scale(loss/c.accumulate).backward()
         if turn:
             with autocast(c.precision, device): L_d, judged = discriminator_terms(t.discriminator, part, video, t.lecam)

@@ -93,13 +93,17 @@ def write_atomic(path:Path, # the file to write
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
+def _commit(folder):
+    "The commit of the clone that holds a folder, if it is one."
+    if not (folder.parent/'.git').exists(): return 'unknown'
+    try: return subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, cwd=folder).stdout.strip() or 'unknown'
+    except OSError: return 'unknown' # no git on this machine
+
 def environment() -> dict:
     "What a number was measured with: library versions, device, commit."
-    here = Path(__file__).parent if '__file__' in globals() else Path.cwd()
-    git = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, cwd=here)
+    here = Path(__file__).resolve().parent if '__file__' in globals() else Path.cwd()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'cpu x {torch.get_num_threads()}'
-    return dict(python=platform.python_version(), torch=torch.__version__, device=device,
-                commit=git.stdout.strip() or 'unknown')
+    return dict(python=platform.python_version(), torch=torch.__version__, device=device, commit=_commit(here))
 
 # %% ../nbs/16_utils.ipynb #run-class
 class RunFolder:
@@ -182,6 +186,7 @@ def checkpoint_path(name:str # folder in data/checkpoints
     for folder in here.parent/'data'/'checkpoints', here/'checkpoints': # a clone, an installed wheel
         if (folder/name).is_dir(): return folder/name
     raise InputError(f'the shipped checkpoint {name} is missing (looked in data/checkpoints); work from a fresh clone of the repository')
+
 def load_model(cls, # a class with huggingface_hub's mixin
                folder:str|Path # holds config.json and model.safetensors
               ): # the model in evaluation mode, float32

@@ -274,6 +274,15 @@ def test_top_p_of_ties_and_extremes():
     assert choose_tokens(logits, u, temperature=1e-3, top_k=100, top_p=.5).tolist() == [1, 0]
 
 
+def test_logits_that_are_not_finite_are_refused_in_one_line():
+    "Not as token V and an IndexError, nor, greedy, as whatever argmax says of NaN."
+    for value, g, ask in (float('nan'), small(), dict(labels=[1, 2])), (float('inf'), small(), dict(labels=[1], guidance=2.)), (float('nan'), small(prefix_tokens=20), dict(prefix=torch.zeros(2, 20).long())):
+        g.head.weight.data[3, 0] = value
+        for options in {}, dict(temperature=0), dict(top_k=5, top_p=.9):
+            with pytest.raises(InputError, match='NaN or infinite') as e: g.generate(**ask, **options)
+            assert '\n' not in str(e.value)
+
+
 def test_generates_under_autocast_and_leaves_training_mode():
     g = small().train()
     with torch.autocast('cpu', torch.bfloat16): y = g.generate([1, 2], guidance=2.)
@@ -464,11 +473,11 @@ def test_bad_input_is_one_line_and_exit_code_2(world, tmp_path):
                         (dict(batch_size=5000), 'batch'), (dict(out=tmp_path/'file'/'run'), 'file'), (dict(precision='fp8'), 'precision')):
         done = command(*itertools.chain(*((f'--{k.replace("_", "-")}', v) for k, v in {**good, **wrong}.items())))
         lines = done.stderr.strip().splitlines()
-        assert done.returncode == 2 and lines[-1].startswith('error: ') and word in lines[-1] and 'Traceback' not in done.stderr, (wrong, done.stderr)
+        assert done.returncode == 2 and lines[-1].startswith('dera: ') and word in lines[-1] and 'Traceback' not in done.stderr, (wrong, done.stderr)
         assert not (tmp_path/'run').exists(), wrong               # refused before anything was written
 
 
 def test_help_explains_every_field():
     done = command('--help'); text = ' '.join(done.stdout.split())
-    assert done.returncode == 0
+    assert done.returncode == 0 and 'usage: dera train-ar' in text and '--fresh' in text and 'paper-k600-fp' in text
     for words in ('folder of a saved tokenizer', 'optimiser steps', 'highest learning rate', 'attention heads', 'known frames'): assert words in text, words

@@ -2,7 +2,7 @@
 import json, subprocess, sys
 from pathlib import Path
 
-import pytest
+import pytest, torch
 from dera.cli import main
 from dera.pocket import render, sample_factors, write_dataset, write_video
 from dera.utils import checkpoint_path
@@ -70,6 +70,11 @@ def test_train_then_evaluate_then_generate(data, tmp_path):
     assert result.returncode == 0 and 'psnr' in result.stdout and (tmp_path/'e'/'report.html').exists(), result.stderr
     result = dera('train-ar', '--data', data, '--tokenizer', run/'tokenizer'/'tokenizer', '--out', run/'generator', '--steps', 2, '--batch-size', 8)
     assert result.returncode == 0, result.stderr
+    assert f'generator saved in {run/"generator"/"generator"}' in result.stdout
+    again = lambda *more: dera('train-ar', '--data', data, '--tokenizer', run/'tokenizer'/'tokenizer', '--out', run/'generator', '--steps', 2, '--batch-size', 8, *more)
+    refused(again('--seed', 1), 'seed'); weights = run/'generator'/'generator'/'model.safetensors'; before = weights.read_bytes()
+    assert again().returncode == 0 and weights.read_bytes() == before
+    fresh = again('--seed', 1, '--fresh'); assert fresh.returncode == 0 and weights.read_bytes() != before, fresh.stderr
     result = dera('generate', '--run', run, '--classes', 'StarCircle', '7', '--count', 1, '--out', tmp_path/'clips')
     assert result.returncode == 0 and (tmp_path/'clips'/'StarCircle_0.mp4').exists(), result.stderr
     refused(dera('generate', '--run', run, '--classes', 'Elephant'), 'Elephant'); refused(dera('generate', '--run', tmp_path), 'no tokenizer')
@@ -85,7 +90,7 @@ def test_train_then_evaluate_then_generate(data, tmp_path):
     result = dera(*ask, '--first-frames', video, '--frames', 3, '--count', 2); assert result.returncode == 0, result.stderr
     assert len(list((tmp_path/'next').glob('*.mp4'))) == 2
 
-def test_ctrl_c_keeps_the_finished_clips(tmp_path, monkeypatch):
+def test_ctrl_c_keeps_the_finished_clips(tmp_path, monkeypatch, capsys):
     from dera import cli
     from dera.ar import Generator
     real = Generator.generate_batches
@@ -95,11 +100,69 @@ def test_ctrl_c_keeps_the_finished_clips(tmp_path, monkeypatch):
             yield batch
     monkeypatch.setattr(Generator, 'generate_batches', stopped); out = tmp_path/'clips'
     ask = lambda: cli.generate(('0', '1', '2'), tokenizer=str(checkpoint_path('pocket-tokenizer-tiny')), generator=str(checkpoint_path('pocket-generator-tiny')), count=1, batch_size=1, out=str(out))
-    assert cli.run_command(ask) == 130 and len(list(out.glob('*.mp4'))) == 2 and len(json.loads((out/'generated.json').read_text())['clips']) == 2
+    assert cli.run_command(ask, 'not this') == 130 and capsys.readouterr().err.splitlines()[-1] == f'dera: stopped; 2 finished clips are in {out}'
+    assert len(list(out.glob('*.mp4'))) == 2 and len(json.loads((out/'generated.json').read_text())['clips']) == 2
     monkeypatch.undo(); before = {p.name: p.read_bytes() for p in out.glob('*.mp4')}; assert cli.run_command(ask) == 0
     assert len(list(out.glob('*.mp4'))) == 3 and all((out/n).read_bytes() == b for n, b in before.items())
 
+@pytest.mark.parametrize('words, said', [(['reconstruct', 'x.mp4'], 'dera: stopped'), (['bench', 'render'], 'dera: stopped'), (['audit', 'x'], 'dera: stopped'),
+                                         (['evaluate', '--data', 'x'], 'dera: stopped; the same command goes on from what is done'),
+                                         (['train-tokenizer', '--data', 'x', '--fresh'], 'dera: stopped; the same command without --fresh goes on from what is done')], ids=lambda x: x[0] if type(x) is list else '')
+def test_ctrl_c_says_what_is_true(words, said, monkeypatch, capsys):
+    from dera import cli
+    def stopped(): raise KeyboardInterrupt
+    monkeypatch.setitem(cli._COMMANDS, words[0], (lambda args: stopped, ''))
+    assert here(*words) == 130 and capsys.readouterr().err == said + '\n'
 
+PAIR = '--tokenizer', str(checkpoint_path('pocket-tokenizer-tiny')), '--generator', str(checkpoint_path('pocket-generator-tiny'))
+
+def test_clips_can_be_drawn_again_from_what_is_written(tmp_path):
+    from dera.ar import Generator
+    from dera.data import read_clip
+    from dera.metrics import load_tokenizer
+    from dera.pocket import write_video
+    from dera.train_ar import fingerprint
+    from dera.utils import load_model
+    assert here('generate', *PAIR, '--classes', 'StarCircle', '7', '--count', '1', '--seed', '3', '--temperature', '.8', '--top-k', '40', '--top-p', '.9', '--guidance', '2', '--out', str(tmp_path/'a')) == 0
+    about = json.loads((tmp_path/'a'/'generated.json').read_text()); model, writer = load_tokenizer(PAIR[1]), load_model(Generator, PAIR[3])
+    assert (about['tokenizer'], about['generator'], about['first_frames']) == (fingerprint(model), fingerprint(writer), None)
+    sampling = {k: about[k] for k in ('guidance', 'temperature', 'top_k', 'top_p')}; assert sampling == dict(guidance=2, temperature=.8, top_k=40, top_p=.9)
+    for c in about['clips']:
+        with torch.no_grad(): write_video(tmp_path/'b.mp4', model.decode(writer.generate([c['label']], seed=c['seed'], **sampling))[0].clamp(0, 1))
+        assert torch.allclose(read_clip(tmp_path/'b.mp4', 8, 32), read_clip(tmp_path/'a'/c['file'], 8, 32), atol=.02)
+
+def test_a_class_named_twice_would_write_one_file_twice(tmp_path, capsys):
+    for classes in ('StarCircle', 'starcircle'), ('7', '7'):
+        assert here('generate', *PAIR, '--classes', *classes, '--out', str(tmp_path/'out')) == 2 and 'named twice' in capsys.readouterr().err
+    assert not (tmp_path/'out').exists()
+
+def test_oblong_tokenizers_are_refused_where_files_are_read(tmp_path, capsys):
+    from dera.ar import Generator, GeneratorConfig
+    from dera.query import TokenizerConfig
+    from dera.streams import DeRATokenizer
+    from dera.train_ar import fingerprint
+    tokenizer = DeRATokenizer(TokenizerConfig.preset('tiny', size=(32, 48))); tokenizer.save_pretrained(tmp_path/'t'); write_video(tmp_path/'v.mp4', render(sample_factors(1, seed=3), 8, 64)[0])
+    n, codes = tokenizer.num_tokens, tokenizer.config.codebook_size; shape = dict(depth=1, vocab_size=codes, num_tokens=n, tokenizer=fingerprint(tokenizer))
+    Generator(GeneratorConfig.preset('tiny', **shape, prefix_tokens=n, num_classes=1)).save_pretrained(tmp_path/'g'); Generator(GeneratorConfig.preset('tiny', **shape)).save_pretrained(tmp_path/'c')
+    video, t = str(tmp_path/'v.mp4'), ('--tokenizer', str(tmp_path/'t'), '--out', str(tmp_path/'out'))
+    for words in ('reconstruct', video, *t), ('generate', *t, '--generator', str(tmp_path/'g'), '--first-frames', video), ('evaluate', '--data', str(tmp_path), *t):
+        assert here(*words) == 2
+        line, = (l for l in capsys.readouterr().err.splitlines() if l.startswith('dera: ')); assert 'square clips' in line and '32' in line and '48' in line
+    assert here('generate', *t, '--generator', str(tmp_path/'c'), '--classes', '1', '--count', '1') == 0           # reads no file, so it may be oblong
+
+def test_evaluate_goes_to_the_accelerator(data, tmp_path, monkeypatch):
+    import accelerate
+    from dera import cli, metrics
+    class State: device, is_main_process = torch.device('meta'), False
+    seen = []
+    monkeypatch.setattr(accelerate, 'PartialState', lambda **_: State); monkeypatch.setattr(metrics, 'load_extractor', lambda *words: words[3])
+    monkeypatch.setattr(metrics, 'evaluate_tokenizer', lambda model, data, extractor, **_: seen.append((metrics._device(model).type, str(extractor))))
+    for workers in 1, 2: cli.evaluate(str(data), workers=workers, out=str(tmp_path))
+    assert seen == [('meta', 'meta'), ('cpu', 'cpu')]
+
+def test_the_command_line_is_a_module_too(tmp_path):
+    result = subprocess.run([sys.executable, '-m', 'dera.cli', 'evaluate', '--data', str(tmp_path/'none')], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    refused(result, 'none')
 
 def test_audit_and_prepare(data, tmp_path):
     import json, shutil

@@ -354,6 +354,7 @@ def test_prior_preset_fits_the_tokenizer(name):
 def test_schedule():
     values = [scheduled_sampling(s, 200) for s in range(200)]
     assert values[0] == 0 and max(values) == .5 and values == sorted(values) and values[60] == .5 and abs(values[30] - .25) < 1e-9
+    assert [scheduled_sampling(s, 200, peak=.8, ramp=0.) for s in (0, 1, 199)] == [.8]*3                # no ramp: the peak from the first step
 
 # ---- the sum
 

@@ -223,6 +223,10 @@ def test_frechet_video_distance_is_the_distance_of_mean_tokens():
     pooled = FrechetVideoDistance(lambda v: net(v).mean(1), name='pooled'); pooled.update(real=real, fake=fake)
     assert pooled.compute() == pytest.approx(expected, rel=1e-9) and pooled.name == 'frechet[pooled]'
 
+def test_video_distance_is_the_score_in_batches():
+    a, b = clips(130, seed=1), clips(205, seed=2); extractor = Tokens(); score = FrechetVideoDistance(extractor); score.update(a, b)
+    name, value = metrics.video_distance(a, b, extractor); assert name == score.name and value == pytest.approx(score.compute(), rel=1e-4) and value > 0
+
 def test_frechet_video_distance_merges_across_processes():
     real, fake = clips(40, seed=1), clips(40, seed=2)
     whole, one, two = (FrechetVideoDistance(Tokens()) for _ in range(3))
@@ -416,6 +420,8 @@ def test_protocols_are_those_of_the_papers():
 def test_a_changed_protocol_says_so_and_a_line_has_everything():
     p = protocol('larp-rfvd', size=64, seed=5); e = load_extractor('pocket-video')
     assert p.name == 'larp-rfvd changed in size' and p.change(num_frames=8).name == 'larp-rfvd changed in num_frames, size'
+    assert p.change(size=128, seed=0) == PROTOCOLS['larp-rfvd'] and p.change(num_frames=8).change(size=128).name == 'larp-rfvd changed in num_frames'    # set back
+    own = metrics.Protocol('own', None, 'all'); assert own.change(size=64).change(given=2, size=128).name == 'own changed in given, size'             # no value to go back to
     assert p.change(size=64) == p and PROTOCOLS['larp-rfvd'].name == 'larp-rfvd'
     line = p.describe(e, 100, 90)
     for part in e.name, '64', 'antialias', '16 frames', 'stride 1', 'native', 'split train', '100 real', '90 fake', 'seed 5', '32 x 32': assert part in line, part
@@ -648,8 +654,9 @@ def test_evaluate_generator(world, shipped, tmp_path, monkeypatch):
     assert 'split test' in result['held_out']['protocol'] and len(list((tmp_path/'a').glob('reference-*.npz'))) == 2 and len(result['clips']) == 6
     monkeypatch.setattr(metrics, '_real_part', lambda *a, **k: pytest.fail('the reference was computed again'))
     assert evaluate_generator(generator, shipped, world, tmp_path/'a', p, guidance=1.5)['values'] == result['values']
-    generator.config.tokenizer = 'another'
-    with pytest.raises(InputError, match='another tokenizer'): evaluate_generator(generator, shipped, world, tmp_path/'b', p)
+    for name, codes in ('another', 512), ('', 500): # one that names none must fit in size
+        generator.config.tokenizer, generator.config.vocab_size = name, codes
+        with pytest.raises(InputError, match='another tokenizer'): evaluate_generator(generator, shipped, world, tmp_path/'b', p)
 
 def test_evaluate_prediction_scores_the_predicted_frames_only(world, shipped, tmp_path):
     from dera.ar import Generator, GeneratorConfig

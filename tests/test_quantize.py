@@ -52,6 +52,14 @@ def test_ties():
     count = torch.bincount(q.train()(z).indices.flatten(), minlength=6)
     assert abs(count[2] - count[4]) < 5*math.sqrt(4000) and count[2] > 1500
 
+@BOTH
+def test_latents_that_are_no_numbers_still_get_an_index(cls):
+    "A NaN latent among sound ones: training answers with indices in range and the right code for the others."
+    z = latents(2, 40, 4); z[1, 7] = math.nan; z[0, 3] = math.inf
+    q = make(cls, 12, 4).train(); out = q(z); sound = z.isfinite().all(-1)
+    assert out.indices.min() >= 0 and out.indices.max() < 12 and out.z[sound].isfinite().all()
+    if cls is VectorQuantizer: assert torch.equal(out.indices[sound], q.eval()(z[sound][None]).indices[0])
+
 # ---- which distribution
 
 def pvalue(drawn, p):
@@ -203,6 +211,10 @@ def test_fsq_round_trip(levels):
     q, z = FSQ(levels).eval(), 3*latents(3, 400, len(levels)); out = q(z); digits = out.indices[..., None]//q.basis % q.levels
     assert torch.equal(q.decode(out.indices), out.z) and all(len(digits[..., i].unique()) == l for i, l in enumerate(levels))
     assert out.indices.min() >= 0 and out.indices.max() < math.prod(levels) and not q.state_dict()
+
+def test_fsq_refuses_latents_of_another_width():
+    for width in 1, 2, 4:
+        with pytest.raises(InputError, match=f'{width} coordinates, levels 3'): FSQ([8, 5, 5])(latents(2, 30, width))
 
 def test_fsq_in_autocast_is_float32():
     q, z = FSQ([8, 5, 5]).eval(), latents(2, 300, 3).bfloat16()

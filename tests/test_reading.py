@@ -10,7 +10,7 @@ from dera.data import frame_indices, probe, read_chunks, read_clip
 from dera.pocket import render, sample_factors, write_video
 from dera.utils import InputError
 
-SHARED = sorted(p for p in (Path(__file__).parent/'../../shared/clips').resolve().glob('*') if p.suffix in ('.mp4', '.mkv'))
+REAL = sorted(p for p in (Path(__file__).parent/'../data/clips').resolve().glob('*') if p.suffix in ('.mp4', '.mkv'))
 CLOSE = 2/255 + 1e-6
 
 
@@ -114,6 +114,13 @@ def test_indices_stay_inside_and_follow_their_definition():
                 chunks = frame_indices(n, t, 'all'); assert chunks.ravel().tolist() == list(range(n//t*t))
                 u = frame_indices(n, t, 'uniform')[0]
                 if t > 1: assert u[0] == 0 and u[-1] == n - 1 and abs(u - np.linspace(0, n - 1, t)).max() <= .5
+
+
+@pytest.mark.parametrize('available, num_frames', [(0, 4), (-1, 4), (4, 0), (0, 0)])
+@pytest.mark.parametrize('sampling', ['native', 'uniform', 'all'])
+def test_no_frames_are_refused(available, num_frames, sampling):
+    with pytest.raises(InputError) as e: frame_indices(available, num_frames, sampling)
+    one_line(e, f'{available} frames', f'num_frames {num_frames}')
 
 
 def test_seeds_reach_every_start_and_repeat():
@@ -245,8 +252,8 @@ def test_frames_that_lean_on_what_was_cut_away(tmp_path):
     assert len(plainly(path)) < 40 - second
 
 
-@pytest.mark.skipif(not SHARED, reason='the two real clips are not part of the repository')
-@pytest.mark.parametrize('path', SHARED, ids=lambda p: p.name)
+@pytest.mark.skipif(not REAL, reason='no real clips in data/clips (see data/README.md)')
+@pytest.mark.parametrize('path', REAL, ids=lambda p: p.name)
 def test_real_clips(path):
     true = plainly(path)[:-1:9]; small = torch.stack([data._fit(f, 128) for f in true]).int(); where = np.arange(len(true))*9
     for backend in 'pyav', 'decord':

@@ -1,6 +1,6 @@
 """SACP against an independent implementation, its geometry, what the losses' backward passes give, precision and compilation,
 micro-batches, several processes, memory."""
-import gc, itertools, json, re, shutil, subprocess, sys, weakref
+import gc, itertools, json, math, re, shutil, subprocess, sys, weakref
 from pathlib import Path
 
 import nbformat, pytest, torch, torch.nn as nn
@@ -241,6 +241,18 @@ def test_every_k_decides_rarely_and_holds():
     assert surgery.decisions == 3
     for wrong in dict(every=0), dict(every=2, level='encoder'):
         with pytest.raises(InputError, match='every'): SACP(**wrong)
+
+@pytest.mark.parametrize('make', [lambda: SACP(level='both'), lambda: SACP(every=2, level='both'), lambda: GradientSACP([], level='both'),
+                                  lambda: sacp(torch.ones(()), torch.ones(()), [], level='both')], ids=['SACP', 'SACP, every=2', 'GradientSACP', 'sacp'])
+def test_an_unknown_level_is_refused_at_once(make):
+    with pytest.raises(InputError, match="unknown level 'both'; choose loss or encoder"): make()
+
+def test_no_statistics_before_a_decision():
+    net, surgery = Net(), SACP(); enc = list(net.encoder.parameters()); names = [n for n, _ in net.encoder.named_parameters()]
+    with pytest.raises(InputError, match='no decision yet'): surgery.statistics(names)
+    surgery(*net(batch())[:2], enc, (1., 0.))                                                                    # without weight nothing is decided
+    with pytest.raises(InputError, match='no decision yet'): surgery.statistics(names)
+    surgery(*net(batch())[:2], enc); assert math.isfinite(surgery.statistics(names)['cosine'])
 
 def test_state_is_resumed_exactly():
     net, whole, enc = Net(), SACP(every=4), None; enc = list(net.encoder.parameters()); names = [n for n, _ in net.encoder.named_parameters()]

@@ -11,7 +11,7 @@ from dera import teachers
 from dera.align import teacher_features
 from dera.pocket import render, sample_factors
 from dera.streams import TokenizerConfig
-from dera.teachers import HIDDEN, TEACHERS, InternVideo2, PocketTeacher, Teacher, TeacherConfig, factor_probes, load_teacher, train_teacher
+from dera.teachers import HIDDEN, TEACHERS, InternVideo2, PocketTeacher, Teacher, TeacherConfig, factor_probes, load_teacher, pooled_tokens, train_teacher
 from dera.utils import InputError, checkpoint_path
 
 PUBLISHED = [n for n in TEACHERS if 'pocket' not in n]
@@ -302,6 +302,13 @@ def test_image_teacher_knows_shapes_and_textures_and_no_motion():
 
 def test_video_teacher_knows_motion():
     t = load_teacher('pocket64-video'); assert factor_probes(t, n=800, seed=503)['motion'] >= .90
+
+def test_pooled_tokens_take_the_frame_that_is_asked_for():
+    f = sample_factors(4, 5); film = render(f, 3, 64); image, video = load_teacher('pocket64-image'), load_teacher('pocket64-video')
+    for when in 0, .5, 1: assert torch.allclose(pooled_tokens(image, f, when=when), image(film[:, :, round(2*when)][:, :, None]).mean(1), atol=1e-5)
+    assert torch.allclose(pooled_tokens(video, f, 3, when=1), video(film).mean(1), atol=1e-5)               # of three frames a video teacher sees all
+    for when in .3, 2, -1:
+        with pytest.raises(InputError, match='when is 0, .5 or 1'): pooled_tokens(image, f, when=when)
 
 def test_hidden_motions_look_alike_in_the_middle():
     "Changing one hidden motion into another leaves the middle frame as it was; any other motion changes it."

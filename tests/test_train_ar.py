@@ -249,7 +249,7 @@ def test_samples_are_drawn_and_change_nothing(prefix, tmp_path):
     tokens, labels = data(); tokens = np.concatenate([tokens]*2, 1) if prefix else tokens; c = config(prefix_tokens=prefix, sample_every=5, samples=3)
     drawn, plain = (train_generator(c, tokens, labels, tmp_path/k, quiet, tokenizer=t) for k, t in (('drawn', Codes()), ('plain', None)))
     files = sorted((tmp_path/'drawn'/'samples').iterdir()); assert [f.name for f in files] == [f'step-{i:07d}.png' for i in (5, 10, 12)] and not (tmp_path/'plain'/'samples').exists()
-    picture = Image.open(files[-1]); assert picture.n_frames > 1 and picture.size == (3*8 + 2*2, 3*8 + 2*2 if prefix else 8)
+    picture = Image.open(files[-1]); assert picture.n_frames > 1 and picture.size == (3*64 + 2*2, 3*64 + 2*2 if prefix else 64)     # small clips are enlarged to 64 pixels
     assert same(drawn, plain) and numbers(tmp_path/'drawn') == numbers(tmp_path/'plain')
 
 
@@ -339,4 +339,4 @@ def test_the_command_takes_several_sources(world, tmp_path, capsys):
     words = ['--preset', 'tiny', '--tokenizer', world/'dera', '--data', world/'videos', f'folder={world/"plain"}', '--out', tmp_path/'run', '--steps', 1, '--batch-size', 4, '--ema', .9, '--samples', 0]
     train_ar.main(list(map(str, words))); assert len(json.loads((tmp_path/'run'/'config.json').read_text())['data']) == 2
     with pytest.raises(SystemExit) as e: train_ar.main([*map(str, words), '--seed', '4'])
-    assert e.value.code == 2 and capsys.readouterr().err.strip().splitlines()[-1].startswith('error: ')
+    assert e.value.code == 2 and capsys.readouterr().err.strip().splitlines()[-1].startswith('dera: ')

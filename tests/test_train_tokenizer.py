@@ -1,12 +1,12 @@
 "The tokenizer's loop: exact resume, what can go wrong, several processes, every switch."
-import json, math, multiprocessing, os, random, resource, signal, socket, subprocess, sys, time
+import json, math, multiprocessing, os, random, resource, shutil, signal, socket, subprocess, sys, time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest, torch
 import dera.train_tokenizer as module, dera.utils as utils
-from dera.losses import ReconstructionLoss
-from dera.pocket import write_dataset
+from dera.losses import ReconstructionLoss, total_loss
+from dera.pocket import render, sample_factors, write_dataset
 from dera.query import GridTokenizer, QueryTokenizer
 from dera.streams import DeRATokenizer, TokenizerConfig
 from dera.train_tokenizer import TIMES, TokenizerTraining, _Rows, learning_rate, reconstruct_set, train_tokenizer
@@ -210,7 +210,9 @@ def test_a_killed_rank(data, tmp_path):
     (dict(accumulate=3), '3 parts'), (dict(batch_size=0), 'does not divide'), (dict(ema=1.), 'ema'), (dict(steps=0), 'steps is 0'), (dict(precision='int8'), 'unknown precision'),
     (dict(tracker='notebook'), 'unknown tracker'), (dict(model='query'), 'no first-frame stream'), (dict(model='grid', lambda_a=0., prior_weight=1.), 'grid tokenizer has none'),
     (dict(align_layer=9), 'align_layer 9'), (dict(preset='pocket'), 'does not average'), (dict(save_every=0), 'count steps from 1'), (dict(tokens=30), 'do not split'),
-    (dict(image_teacher='nobody'), 'nobody'), (dict(surgery_every=0), 'at least 1'), (dict(accumulate=2, surgery_every=2), 'accumulate above 1')], ids=str)
+    (dict(image_teacher='nobody'), 'nobody'), (dict(surgery_every=0), 'at least 1'), (dict(accumulate=2, surgery_every=2), 'accumulate above 1'),
+    (dict(surgery_level='both'), 'unknown surgery_level'), (dict(surgery_level='both', accumulate=2), 'unknown surgery_level'), (dict(align_share=20.), 'from 0 to 1, got 20.0'), (dict(align_share=-.1), 'from 0 to 1'),
+    (dict(lr=0.), 'lr must be above 0'), (dict(muon_lr=-.1), 'muon_lr'), (dict(timeout=-1), 'timeout')], ids=str)
 def test_refused_before_the_first_step(data, tmp_path, changes, words):
     with pytest.raises(InputError) as e: train_tokenizer(config(data, **changes), tmp_path/'run')
     assert words in str(e.value) and '\n' not in str(e.value) and not (tmp_path/'run'/'checkpoint.safetensors').exists()
@@ -232,8 +234,18 @@ def test_a_checkpoint_of_something_else(data, tmp_path, change):
     if 'data' in change: root = tmp_path/'other'; write_dataset(root, 30, seed=1, num_frames=8, size=32); c = replace(c, data=(str(root),))
     if 'lr' in change: c = replace(c, lr=1.)
     with pytest.raises(InputError) as e: train_tokenizer(c, out, small())
-    words = dict(lr='another lr 0.002 then, 1.0 now', data='another data', format='format 1 and this version writes 2', broken='not a checkpoint', pickle='not a checkpoint')
+    words = dict(lr=f'another lr {config(data).lr} then, 1.0 now', data='another data', format='format 1 and this version writes 2', broken='not a checkpoint', pickle='not a checkpoint')
     assert words[next(iter(change))] in str(e.value) and '\n' not in str(e.value)
+
+def test_files_of_another_name_are_refused_and_old_checkpoints_are_not(data, tmp_path):
+    root, out = tmp_path/'data', tmp_path/'run'; shutil.copytree(data, root); c = config(str(root), steps=6); train_tokenizer(c, out, small(), stop_after=3)
+    state = load_checkpoint(out/'checkpoint.safetensors'); digest = state['identity'].pop('files'); assert len(digest) == 16
+    shutil.copytree(out, tmp_path/'old'); utils.save_checkpoint(tmp_path/'old'/'checkpoint.safetensors', state)        # as it was written before
+    train_tokenizer(c, tmp_path/'old', small(), stop_after=4); assert step_of(tmp_path/'old') == 3 and len(log(tmp_path/'old')) == 4
+    train_tokenizer(c, tmp_path/'old', small()); assert load_checkpoint(tmp_path/'old'/'checkpoint.safetensors')['identity']['files'] == digest
+    video = Path(module.VideoClips(str(root), 8, 32, split='train').paths[0]); rename = video.with_name(video.name.replace('_c0', '_c9')); video.rename(rename)
+    for f in (root/'ucfTrainTestlist').iterdir(): f.write_text(f.read_text().replace(video.name, rename.name))
+    with pytest.raises(InputError, match=f'another files {digest} then'): train_tokenizer(c, out, small())
 
 @pytest.mark.parametrize('model, cls', [('query', QueryTokenizer), ('grid', GridTokenizer)])
 def test_the_other_tokenizers(data, tmp_path, model, cls):
@@ -251,6 +263,26 @@ def test_everything_is_in_the_log(data, tmp_path):
     assert set(TIMES) <= set(raw) and raw['clips_per_second'] > 0 and 0 <= raw['waiting'] <= 1 and raw['memory_gb'] > .1
     assert json.loads((tmp_path/'config.json').read_text())['ema'] == .9 and (tmp_path/'environment.json').exists()
 
+def test_norms_know_the_scale_of_half_precision(data, tmp_path, monkeypatch):
+    layer, x = torch.nn.Linear(64, 64), torch.randn(8, 64, generator=torch.Generator().manual_seed(0)); norm = module._norms
+    with torch.autocast('cpu', torch.float16): terms = dict(tiny=layer(x).float().mean()*1e-6, none=torch.zeros(()))
+    want = norm(dict(tiny=layer(x).mean()*1e-6), list(layer.parameters()))['gradient_tiny']
+    assert norm(terms, list(layer.parameters()))['gradient_tiny'] == 0 and torch.allclose(norm(terms, list(layer.parameters()), 2.**16)['gradient_tiny'], want, rtol=.01)
+    seen = []; monkeypatch.setattr(module, '_norms', lambda terms, params, scale=1.: seen.append(scale) or norm(terms, params, scale))
+    for precision in 'fp16', 'no': train_tokenizer(config(data, steps=1, precision=precision, norms_every=1), tmp_path/precision, small())
+    assert seen == [2.**16, 1.]; half, full = log(tmp_path/'fp16')[0], log(tmp_path/'no')[0]
+    assert all(half[k] == pytest.approx(full[k], rel=.1) for k in full if k.startswith('gradient_') and full[k] > 0) and full['gradient_l1'] > 0
+    train_tokenizer(config(data, steps=1, accumulate=2, norms_every=1), tmp_path/'parts', small()); parts = log(tmp_path/'parts')[0]
+    assert 'gradient_l1' in parts and 'align_a' in parts and 'gradient_align_a' not in parts                          # only the whole batch has them
+
+@pytest.mark.parametrize('changes', [dict(discriminator_weight=.3, prior_weight=.06, l2_weight=4.), dict(l2_weight=0.)], ids=str)
+def test_terms_sum_to_total_loss(changes):
+    c = config('none', surgery='sum', quantizer_start=0, reconstruction_weight=3., perceptual_weight=.7, **changes); t = module._parts(c, small(), torch.device('cpu'))
+    x = render(sample_factors(2, seed=0), 8, 32); torch.manual_seed(0); terms, found, video = module._losses(c, t, x, 5, 10)
+    total = total_loss(t.reconstruction(video, x)[0], found['quantizer'], found.get('adversarial'), found.get('prior'), c.quantizer_weight, c.discriminator_weight, c.prior_weight)
+    assert ('adversarial' in found) == ('prior' in found) == ('prior_weight' in changes)
+    assert torch.allclose(sum(terms.values()), 3*total + 1.*found['align_a'] + .5*found['align_m'], rtol=1e-5)
+
 def test_two_stages_and_averaged_weights(data, tmp_path):
     seen = []; real = module._step
     def watch(c, t, *args): out = real(c, t, *args); seen.append([p.detach().clone() for p in t.tokenizer.parameters()]); return out
@@ -266,6 +298,8 @@ def test_several_data_sets(data, tmp_path):
     (plain := tmp_path/'plain').mkdir()
     for i, p in enumerate(sorted(Path(data).rglob('*.mp4'))[:6]): (plain/f'{i}.mp4').write_bytes(p.read_bytes())
     train_tokenizer(config((f'ucf101={data}:3', f'folder={plain}:1'), steps=3, validation_clips=4), tmp_path/'mixed', small()); assert 'val_psnr' in log(tmp_path/'mixed')[-1]
+    shape = TokenizerConfig.preset('tiny'); held = lambda n: module._validation(config((f'ucf101={data}:3', f'ucf101={data}:1'), validation_clips=n), shape)
+    assert held(1).shape == held(2).shape == (2, 3, 8, 32, 32) and len(held(4)) == 4 and held(0) is None                # at least one of each
     train_tokenizer(config(str(plain), steps=1), tmp_path/'alone', small()); assert json.loads((tmp_path/'alone'/'config.json').read_text())['data'] == [str(plain)]
     with pytest.raises(InputError, match='write folder=PATH'): train_tokenizer(config((data, str(plain))), tmp_path/'wrong', small())
 
