@@ -43,7 +43,7 @@ def _tokenizer_training(demo, folder):
     n = demo.tokenizer_steps
     shared = dict(data=str(folder/'data'), steps=n, seed=demo.seed, log_every=max(2, n//200), save_every=max(50, n//20))
     if demo.from_scratch: return TokenizerTraining(**shared, quantizer_start=n//8)
-    return TokenizerTraining(**shared, init=str(checkpoint_path('pocket-tokenizer-tiny')), lr=3e-4, muon_lr=3e-3, warmup=20)
+    return TokenizerTraining(**shared, init=str(checkpoint_path('pocket-tokenizer-tiny')), batch_size=16, lr=3e-4, muon_lr=3e-3, warmup=20)
 
 # %% ../nbs/18_one_command.ipynb #train-stages
 def _train(demo, folder):
@@ -164,7 +164,7 @@ def _report(demo, folder, tokenizer, m, test, test_labels, pictures, generated, 
 # %% ../nbs/18_one_command.ipynb #result
 _QUOTED = {'psnr': 'PSNR, all tokens (dB)', 'psnr_without_motion': 'PSNR without motion tokens (dB)', 'psnr_without_appearance': 'PSNR without appearance tokens (dB)',
            'psnr_temporal_mean': 'PSNR of the temporal mean (dB)', 'psnr_first_frame': 'PSNR of the first frame repeated (dB)', 'ssim': 'SSIM',
-           'code_usage': 'codes in use', 'code_perplexity': 'code perplexity', 'frechet[pocket-video] reconstructed': 'Fréchet distance in pocket-video features, reconstructed',
+           'code_usage': 'share of the codes in use', 'code_perplexity': 'code perplexity', 'frechet[pocket-video] reconstructed': 'Fréchet distance in pocket-video features, reconstructed',
            'frechet[pocket-video] generated': 'Fréchet distance in pocket-video features, generated', 'class recognised, real': 'class recognised, real clips',
            'class recognised, reconstructed': 'class recognised, reconstructed clips', 'class recognised, generated': 'class recognised, generated clips',
            'class recognised by chance': 'class recognised by chance'}

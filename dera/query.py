@@ -222,7 +222,7 @@ class _Saved(PyTorchModelHubMixin):
             with contextlib.redirect_stdout(io.StringIO()): return super().from_pretrained(name, strict=strict, **options)
         except Exception as e:
             lines = [l.strip() for l in str(e).splitlines() if l.strip()] or [type(e).__name__]
-            raise InputError(f'no {cls.__name__} in {name}: {lines[1 if lines[0].startswith("Error(s) in loading") else 0]}') from None
+            raise InputError(f'no {cls.__name__} in {name}: {lines[1 if lines[0].startswith("Error(s) in loading") else 0][:300]}') from None
 
     @classmethod
     def _load_as_safetensor(cls, model, model_file, map_location, strict):
