@@ -147,7 +147,7 @@ def _report(demo, folder, tokenizer, m, test, test_labels, pictures, generated, 
     t, g = (RunFolder(folder/k).history() for k in ('tokenizer', 'generator'))
     origin = (f'{len(test)} held-out clips and {len(generated)} generated clips, pocket world, level plain, seed {demo.seed}, '
               + ', '.join(f'{k} {v}' for k, v in environment().items()))
-    start = 'random weights' if demo.from_scratch else 'the shipped checkpoint pocket-tokenizer-tiny, which this same pipeline made in a longer run'
+    start = 'random weights' if demo.from_scratch else 'the shipped checkpoint pocket-tokenizer-tiny, which an earlier state of this pipeline made in a longer run'
     curves = [report.picture(report.curves(t, dict(l1='l1', perceptual='perceptual', align_a='$L_a$', align_m='$L_m$')), 'The tokenizer.', 'loss curves of the tokenizer'),
               report.picture(report.curves(t, dict(cosine='cosine of $g_a$ and $g_m$', conflict='conflict', psnr='PSNR of a batch', codes_in_use='codes in use')),
                              'Gradient conflict, reconstruction and codebook while the tokenizer trains.', 'conflict, PSNR and codebook use'),
