@@ -19,6 +19,7 @@ from .data import VideoClips
 from .metrics import baselines, factor_accuracy, load_factor_classifier, psnr, ssim, token_swap, video_distance
 from .pocket import CLASSES, write_dataset, write_video
 from .quantize import codebook_stats
+from .query import num_appearance_codes
 from .teachers import load_teacher
 from .train_ar import ARConfig, fingerprint, load_tokens, mirror_labels, tokenize_dataset, train_generator
 from .train_tokenizer import TokenizerTraining, reconstruct_set, train_tokenizer
@@ -54,7 +55,7 @@ def _train(demo, folder):
     clips = VideoClips(folder/'data', c.num_frames, c.size, 'uniform', split='train', cache=True, progress=tqdm)
     tokenize_dataset(tokenizer, clips, folder/'tokens.npy', mirror=mirror_labels(CLASSES))
     tokens, labels = load_tokens(folder/'tokens.npy', fingerprint(tokenizer))
-    shape = GeneratorConfig.preset('tiny', vocab_size=c.codebook_size, num_tokens=c.num_tokens, num_classes=len(CLASSES),
+    shape = GeneratorConfig.preset('tiny', vocab_size=c.codebook_size, num_tokens=c.num_codes, num_classes=len(CLASSES),
                                    tokenizer=fingerprint(tokenizer))
     training = ARConfig.preset('tiny', generator=shape, tokenizer=str(folder/'tokenizer'/'tokenizer'), data=str(folder/'data'),
                                steps=demo.generator_steps, seed=demo.seed)
@@ -95,7 +96,7 @@ def measure(tokenizer, # trained
             generated:torch.Tensor, labels:torch.Tensor # generated clips and the classes asked for
            ) -> tuple[dict, torch.Tensor]: # numbers by name, and the reconstructions
     "All numbers of the demo."
-    teacher, judge, a = load_teacher('pocket-video'), load_factor_classifier(), tokenizer.config.num_appearance
+    teacher, judge, a = load_teacher('pocket-video'), load_factor_classifier(), num_appearance_codes(tokenizer.config)
     pictures, indices = reconstruct_set(tokenizer, test); still = baselines(test)
     m = dict(psnr=psnr(pictures, test), psnr_first_frame=still['first_frame'], psnr_temporal_mean=still['temporal_mean'],
              psnr_without_motion=_without(tokenizer, indices, test, slice(a, None)),

@@ -22,6 +22,7 @@ import numpy as np, torch, torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from .pocket import MOTIONS, SHAPES, Factors, _MOTION_FACTORS, _RANGES, held_out, render, sample_factors
+from .query import num_appearance_codes
 from .utils import InputError, RunFolder, checkpoint_path, environment, load_model, write_atomic
 
 # %% ../nbs/13_evaluation.ipynb #check
@@ -382,7 +383,7 @@ def token_swap(tokenizer, # `.encode(video).indices`, `.decode(indices)`, `.conf
                b:torch.Tensor # (B, 3, T, H, W) gives the motion
               ) -> torch.Tensor: # (B, 3, T, H, W)
     "Decode the appearance tokens of a with the motion tokens of b."
-    _check(a=a, b=b); n = tokenizer.config.num_appearance
+    _check(a=a, b=b); n = num_appearance_codes(tokenizer.config)
     with _frozen(tokenizer):
         of_a, of_b = tokenizer.encode(a).indices, tokenizer.encode(b).indices
         return tokenizer.decode(torch.cat([of_a[:, :n], of_b[:, n:]], 1))
@@ -605,7 +606,7 @@ def swap_study(tokenizer, # of clips 8 x 32 x 32
               ) -> dict: # name of the candidate -> psnr against the truth, and name of the factor -> (own, other)
     "Swap tokens and compare with the truth and with baselines."
     clip_a, clip_b, truth = (render(f, 8, 32) for f in (a, b, a.swap(motion_of=b))); n = len(a)
-    codes = torch.randint(tokenizer.config.codebook_size, (min(few, n), tokenizer.config.num_tokens), generator=torch.Generator().manual_seed(seed))
+    codes = torch.randint(tokenizer.config.codebook_size, (min(few, n), tokenizer.config.num_codes), generator=torch.Generator().manual_seed(seed))
     with _frozen(tokenizer):
         swapped = torch.cat([token_swap(tokenizer, x, y) for x, y in zip(clip_a.split(50), clip_b.split(50))]).clamp(0, 1)
         rebuilt = tokenizer.decode(tokenizer.encode(truth[:few]).indices).clamp(0, 1); random = tokenizer.decode(codes).clamp(0, 1)
@@ -620,7 +621,7 @@ def share_study(tokenizer, factors:Factors, verdict, # as in `swap_study`
                 seed:int=0 # which tokens go
                ) -> dict: # group -> list of dict(share, psnr, shape, motion)
     "Replace a growing share of either group of tokens by a constant: the commonest code of each position."
-    video, a = render(factors, 8, 32), tokenizer.config.num_appearance; truth = factor_classes(factors)
+    video, a = render(factors, 8, 32), num_appearance_codes(tokenizer.config); truth = factor_classes(factors)
     with _frozen(tokenizer): indices = torch.cat([tokenizer.encode(v).indices for v in video.split(50)])
     constant, g, out = indices.mode(0).values, torch.Generator().manual_seed(seed), {}
     for group, place in dict(appearance=slice(0, a), motion=slice(a, None)).items():
@@ -739,7 +740,7 @@ def reconstruct(tokenizer, video:torch.Tensor # (B, 3, T, H, W) in [0, 1], of th
     "Clips through the tokenizer, beside H.264 at its lowest rate."
     _check(video=video); c = tokenizer.config
     with _frozen(tokenizer): picture = tokenizer.decode(tokenizer.encode(video).indices).clamp(0, 1)
-    coded, bits = zip(*map(h264, video)); coded = torch.stack(coded); tokens = c.num_tokens*math.log2(c.codebook_size)
+    coded, bits = zip(*map(h264, video)); coded = torch.stack(coded); tokens = c.num_codes*math.log2(c.codebook_size)
     return dict(picture=picture, h264=coded, psnr=psnr(picture, video, per_clip=True).tolist(), psnr_h264=psnr(coded, video, per_clip=True).tolist(),
                 psnr_still=psnr(video.mean(2, keepdim=True).expand_as(video), video, per_clip=True).tolist(), bits=[tokens]*len(video), bits_h264=list(bits))
 
@@ -971,7 +972,7 @@ def _belong(generator, tokenizer):
     "Refuse a generator of other tokens."
     from dera.train_ar import fingerprint
     g, c = generator.config, tokenizer.config # one that names no tokenizer must fit in size
-    fits = g.tokenizer == fingerprint(tokenizer) if g.tokenizer else (g.num_tokens, g.vocab_size) == (c.num_tokens, c.codebook_size)
+    fits = g.tokenizer == fingerprint(tokenizer) if g.tokenizer else (g.num_tokens, g.vocab_size) == (c.num_codes, c.codebook_size)
     if not fits: raise InputError('the generator was trained on tokens of another tokenizer; name the one that belongs to it')
 
 def evaluate_prediction(generator, tokenizer, source, out:str|Path, # a generator that continues a prefix; the rest as in `evaluate_tokenizer`

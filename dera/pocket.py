@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'TEXTURES', 'BACKGROUNDS', 'MOTIONS', 'LEVELS', 'CLASSES', 'Factors', 'sample_factors', 'render', 'held_out',
-           'write_video', 'write_dataset']
+           'write_video', 'write_dataset', 'PocketClips']
 
 # %% ../nbs/01_pocket_world.ipynb #imports
 import math
@@ -351,3 +351,49 @@ def write_dataset(root:str|Path, # folder to fill
         _write_splits(root, factors, names)
     except OSError as e: raise InputError(f'cannot write to {root} ({e.strerror or e}); choose another folder or free some space') from None
     return factors
+
+# %% ../nbs/01_pocket_world.ipynb #clips
+_SPLIT_SEEDS = dict(train=1_000_003, val=1_000_033, test=1_000_037)
+
+
+class PocketClips(torch.utils.data.Dataset):
+    "Clips of the pocket world, drawn when they are asked for: dicts of `video`, `label` and `path`."
+
+    replace_bad = False  # nothing here can be unreadable
+    bad = ()
+
+    def __init__(
+        self,
+        n: int,  # how many different clips
+        num_frames: int,  # T
+        size: int,  # height and width in pixels
+        split: str | None = "train",  # `train`, `val` or `test`: other factors each; None: those of train
+        level: str = "plain",  # of `sample_factors`
+    ):
+        split = split or "train"
+        if split not in _SPLIT_SEEDS:
+            raise InputError(f"unknown split {split!r}; choose one of {', '.join(_SPLIT_SEEDS)}")
+        _check(num_frames=num_frames, size=size)
+        self.factors = sample_factors(n, _SPLIT_SEEDS[split], level)
+        self.num_frames = num_frames
+        self.size = size
+        self.classes = list(CLASSES)
+        self.labels = self.factors.label.tolist()
+        self.paths = [f"pocket/{level}/{split}/{i:07d}" for i in range(n)]
+        self._bad = torch.zeros(n, dtype=torch.bool)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def set_epoch(self, epoch: int):
+        "Every epoch shows the same clips."
+
+    def __getitems__(self, rows: list[int]) -> list[dict]:
+        videos = render(self.factors[torch.tensor(rows)], self.num_frames, self.size)
+        return [
+            dict(video=video, label=self.labels[row], path=self.paths[row])
+            for row, video in zip(rows, videos, strict=True)
+        ]
+
+    def __getitem__(self, row: int) -> dict:
+        return self.__getitems__([range(len(self))[row]])[0]

@@ -98,56 +98,99 @@ def _restart(quantizer, z, indices): # (N, D), (N,)
 class Quantized(NamedTuple):
     "What a quantiser returns."
     z: torch.Tensor       # (B, L, D) code vectors; straight-through gradient in training
-    indices: torch.Tensor # (B, L) int64
+    indices: torch.Tensor # (B, L * codes_per_token) int64, the codes of one token side by side
     loss: torch.Tensor    # scalar, float32
 
 # %% ../nbs/08_quantization.ipynb #vq
 class VectorQuantizer(nn.Module):
-    "Nearest code by cosine (Eq. 2)."
-    temperature = 0. # of sampling in training; 0 takes the nearest
+    "Nearest code by cosine (Eq. 2); a token may be written as several codes, one for each group of its coordinates."
 
-    def __init__(self, size:int, # K, number of codes
-                 dim:int, # D, width of a latent
-                 commitment:float=.25, # weight of the commitment term
-                 restart:bool=True, # move codes that are nearest to nothing to latents of the batch
-                 patience:int=50, # training steps before that happens
-                 normalize:bool=True): # False: Euclidean distance between vectors of any length
+    temperature = 0.0  # of sampling in training; 0 takes the nearest
+
+    def __init__(
+        self,
+        size: int,  # K, number of codes
+        dim: int,  # D, width of a latent
+        commitment: float = 0.25,  # weight of the commitment term
+        restart: bool = True,  # move codes that are nearest to nothing to latents of the batch
+        patience: int = 50,  # training steps before that happens
+        normalize: bool = True,  # False: Euclidean distance between vectors of any length
+        codes_per_token: int = 1,  # groups into which a latent is cut; all share one table of codes
+    ):
         super().__init__()
-        if min(size, dim, patience) < 1: raise InputError(f'size, dim and patience must be 1 or more, got {size}, {dim} and {patience}')
-        self.commitment, self.restart, self.patience, self.normalize = commitment, restart, patience, normalize
-        self.codebook = nn.Parameter(F.normalize(torch.randn(size, dim), dim=-1))
-        self.register_buffer('used', torch.ones(size)) # 1 when nearest to a latent, then falling to 0.01 in `patience` steps
+        if min(size, dim, patience, codes_per_token) < 1:
+            raise InputError(
+                "size, dim, patience and codes_per_token must be 1 or more, "
+                f"got {size}, {dim}, {patience} and {codes_per_token}"
+            )
+        if dim % codes_per_token:
+            raise InputError(f"a latent of width {dim} does not divide into {codes_per_token} codes")
+        self.commitment = commitment
+        self.restart = restart
+        self.patience = patience
+        self.normalize = normalize
+        self.codes_per_token = codes_per_token
+        group_dim = dim // codes_per_token
+        self.codebook = nn.Parameter(F.normalize(torch.randn(size, group_dim), dim=-1))
+        # 1 when nearest to a latent, then falling to 0.01 in `patience` steps
+        self.register_buffer("used", torch.ones(size))
 
-    def _scaled(self, x): # float32 or wider
+    def _scaled(self, x):  # float32 or wider
         x = x.to(torch.promote_types(self.codebook.dtype, torch.float32))
         return F.normalize(x, dim=-1) if self.normalize else x
 
-    def forward(self, z:torch.Tensor # (B, L, D)
-               ) -> Quantized:
+    def groups(
+        self,
+        z: torch.Tensor,  # (B, L, D)
+    ) -> torch.Tensor:  # (B, L * codes_per_token, D / codes_per_token), float32 or wider
+        "Cut each latent into its groups and give every group unit length."
+        return self._scaled(z.reshape(*z.shape[:-2], -1, self.codebook.shape[1]))
+
+    def tokens(
+        self,
+        groups: torch.Tensor,  # (B, L * codes_per_token, D / codes_per_token)
+    ) -> torch.Tensor:  # (B, L, D)
+        "Put the groups of each token side by side again."
+        return groups.reshape(*groups.shape[:-2], -1, self.codes_per_token * groups.shape[-1])
+
+    def forward(
+        self,
+        z: torch.Tensor,  # (B, L, D)
+    ) -> Quantized:
         with torch.autocast(z.device.type, enabled=False):
-            z, e = self._scaled(z), self._scaled(self.codebook.clone())
-            rows, codes = z.detach().flatten(0, -2), e.detach()
-            k = _choose(rows, codes, self.temperature if self.training else 0., not self.normalize)
-            indices = k.view(z.shape[:-1]); code = F.embedding(indices, e)
-            loss = F.mse_loss(code, z.detach()) + self.commitment*F.mse_loss(z, code.detach())
-            if self.training and self.restart: _restart(self, rows, self._counted(rows, codes, k))
-            return Quantized(_straight_through(z, code) if self.training else code, indices, loss)
+            z = self.groups(z)
+            codebook = self._scaled(self.codebook.clone())
+            rows, codes = z.detach().flatten(0, -2), codebook.detach()
+            chosen = _choose(rows, codes, self.temperature if self.training else 0.0, not self.normalize)
 
-    def _counted(self, rows, codes, k): # codes in use: the nearest, not those drawn
-        return _choose(rows, codes, 0., not self.normalize) if self.temperature else k
+            indices = chosen.view(z.shape[:-1])
+            code = F.embedding(indices, codebook)
+            loss = F.mse_loss(code, z.detach()) + self.commitment * F.mse_loss(z, code.detach())
+            if self.training and self.restart:
+                _restart(self, rows, self._counted(rows, codes, chosen))
+            quantized = _straight_through(z, code) if self.training else code
+            return Quantized(self.tokens(quantized), indices, loss)
 
-    def decode(self, indices:torch.Tensor # (B, L)
-              ) -> torch.Tensor: # (B, L, D)
+    def _counted(self, rows, codes, chosen):  # codes in use: the nearest, not those drawn
+        return _choose(rows, codes, 0.0, not self.normalize) if self.temperature else chosen
+
+    def decode(
+        self,
+        indices: torch.Tensor,  # (B, L * codes_per_token)
+    ) -> torch.Tensor:  # (B, L, D)
         "Code vectors of indices."
         _check_indices(indices, len(self.codebook))
-        return F.embedding(indices, self._scaled(self.codebook))
+        return self.tokens(F.embedding(indices, self._scaled(self.codebook)))
 
     @torch.no_grad()
-    def init_from(self, z:torch.Tensor): # (B, L, D) latents of real data
+    def init_from(self, z: torch.Tensor):  # (B, L, D) latents of real data
         "Start the codes at latents, with a little noise."
-        z, K = _everyone(self._scaled(z).flatten(0, -2)), len(self.codebook)
-        rows = torch.randperm(len(z), device=z.device).repeat(math.ceil(K/len(z)))[:K]
-        self.codebook.copy_(self._scaled(z[rows] + .02*torch.randn_like(z[rows]))); self.used.fill_(1)
+        size = len(self.codebook)
+        latents = _everyone(self.groups(z).flatten(0, -2))
+        rows = torch.randperm(len(latents), device=z.device).repeat(math.ceil(size / len(latents)))[:size]
+        noise = 0.02 * torch.randn_like(latents[rows])
+        self.codebook.copy_(self._scaled(latents[rows] + noise))
+        self.used.fill_(1)
 
 # %% ../nbs/08_quantization.ipynb #stochastic
 class StochasticVectorQuantizer(VectorQuantizer):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['patchify', 'unpatchify', 'sincos_positions', 'gaussian_positions', 'Block', 'Transformer', 'TokenizerConfig',
-           'Encoded', 'TokenizerOutput', 'GridTokenizer', 'coarse_queries', 'QueryTokenizer']
+           'num_appearance_codes', 'Encoded', 'TokenizerOutput', 'GridTokenizer', 'coarse_queries', 'QueryTokenizer']
 
 # %% ../nbs/03_query_tokenization.ipynb #imports
 import contextlib, io, json, sys
@@ -102,7 +102,7 @@ class Transformer(nn.Module):
         return x if tap is None else (x, x if tap == len(self.blocks) else tapped)
 
 # %% ../nbs/03_query_tokenization.ipynb #check-config
-_COUNTS = 'num_frames patch_t patch_p num_motion dim encoder_depth decoder_depth heads latent_dim codebook_size'.split()
+_COUNTS = 'num_frames patch_t patch_p num_motion dim encoder_depth decoder_depth heads latent_dim codes_per_token codebook_size'.split()
 
 def _check_config(c):
     "Refuse what cannot work, in one line."
@@ -116,6 +116,7 @@ def _check_config(c):
         (h % c.patch_p or w % c.patch_p, f'size {c.size} is no multiple of patch_p {c.patch_p}'),
         (c.dim % c.heads, f'dim {c.dim} is no multiple of heads {c.heads}'),
         (not isinstance(c.num_appearance, int) or c.num_appearance < 0, f'num_appearance must be a whole number of at least 0, got {c.num_appearance!r}'),
+        (c.latent_dim % c.codes_per_token, f'latent_dim {c.latent_dim} is no multiple of codes_per_token {c.codes_per_token}'),
         (c.codebook_size < 2, f'codebook_size must be at least 2, got {c.codebook_size}'),
         (not isinstance(c.temperature, (int, float)) or not c.temperature > 0, f'temperature must be above 0, got {c.temperature!r}'),
         (c.positions not in ('sincos', 'gaussian'), f'unknown positions {c.positions!r}; choose sincos or gaussian'),
@@ -124,7 +125,8 @@ def _check_config(c):
 
 # %% ../nbs/03_query_tokenization.ipynb #presets
 _PRESETS = dict(paper={}, tiny=dict(num_frames=8, size=32, patch_t=2, num_appearance=16, num_motion=48, dim=128,
-                                    encoder_depth=4, decoder_depth=4, heads=4, codebook_size=512, restart=True,
+                                    encoder_depth=4, decoder_depth=4, heads=4, codes_per_token=4, codebook_size=512,
+                                    temperature=.003, restart=True,
                                     positions='gaussian', queries='grid', tie=1.5),
                 pocket=dict(num_frames=16, size=64, num_appearance=64, num_motion=192, dim=160,
                             encoder_depth=5, decoder_depth=5, heads=5, codebook_size=1024, restart=True,
@@ -156,6 +158,7 @@ class TokenizerConfig:
     decoder_depth: int = 12
     heads: int = 12
     latent_dim: int = 16         # width at the bottleneck
+    codes_per_token: int = 1     # groups of the latent, each with its own index; all from one table
     codebook_size: int = 8192
     temperature: float = .03     # of the stochastic quantiser
     restart: bool = False        # restart codes that are never used (not in the paper)
@@ -178,6 +181,9 @@ class TokenizerConfig:
     @property
     def num_tokens(self) -> int: return self.num_appearance + self.num_motion # L
 
+    @property
+    def num_codes(self) -> int: return self.num_tokens*self.codes_per_token # indices of a clip
+
     @classmethod
     def preset(cls, name:str, # `tiny`, `pocket` or `paper`
                tokens:int|None=None, # L, a quarter of them for appearance; default: the preset's
@@ -185,6 +191,13 @@ class TokenizerConfig:
               ) -> 'TokenizerConfig':
         "A named configuration."
         return cls(**_preset_fields(name, tokens, changes))
+
+# %% ../nbs/03_query_tokenization.ipynb #appearance-codes
+def num_appearance_codes(
+    config,  # of a tokenizer: `num_appearance`, and `codes_per_token` where a token has several
+) -> int:
+    "How many of a clip's indices, from the first one on, belong to the appearance stream."
+    return config.num_appearance * getattr(config, "codes_per_token", 1)
 
 # %% ../nbs/03_query_tokenization.ipynb #saved
 _FREE = {'temperature', 'restart', 'tie', 'seed', 'checkpoint'} # may differ from what a file was saved with
@@ -234,7 +247,7 @@ class _Saved(PyTorchModelHubMixin):
 # %% ../nbs/03_query_tokenization.ipynb #tokenizer
 class Encoded(NamedTuple):
     "What `encode` returns."
-    indices: torch.Tensor           # (B, L) int64, appearance first; None when not quantised
+    indices: torch.Tensor           # (B, num_codes) int64, appearance first, a token's codes side by side; None when not quantised
     latents: torch.Tensor           # (B, L, latent_dim) quantised
     appearance: torch.Tensor|None   # E_a (B, L_s, dim), encoder outputs at the first frame's patches
     motion: torch.Tensor            # E_m (B, L_t, dim), encoder outputs at the clip's patches
@@ -268,8 +281,8 @@ class _Tokenizer(nn.Module, _Saved, library_name='dera', license='apache-2.0', p
         self.encoder, self.decoder = (Transformer(c.dim, depth, c.heads, c.tie, c.checkpoint) for depth in (c.encoder_depth, c.decoder_depth))
         self.embed_motion, self.out = nn.Linear(pixels, c.dim), _linear_zero(c.dim, pixels)
         self.to_latent, self.from_latent = nn.Linear(c.dim, c.latent_dim), nn.Linear(c.latent_dim, c.dim)
-        self.quantizer = StochasticVectorQuantizer(c.codebook_size, c.latent_dim, c.temperature, restart=c.restart)
-        self.num_tokens = c.num_tokens
+        self.quantizer = StochasticVectorQuantizer(c.codebook_size, c.latent_dim, c.temperature, restart=c.restart, codes_per_token=c.codes_per_token)
+        self.num_tokens, self.num_codes = c.num_tokens, c.num_codes
 
     def encode(self, video:torch.Tensor, # (B, 3, T, H, W) in [0, 1]
                quantize:bool=True, # False: continuous unit latents, for the first steps of training
@@ -280,10 +293,10 @@ class _Tokenizer(nn.Module, _Saved, library_name='dera', license='apache-2.0', p
         if tap is not None and not 1 <= tap <= depth: raise InputError(f'tap must lie in 1 to {depth}, the layers of the encoder, got {tap}')
         z, appearance, motion = self._streams(2*video - 1, tap or depth)
         z = self.to_latent(z)
-        q = self.quantizer(z) if quantize else Quantized(F.normalize(z.float(), dim=-1), None, z.new_zeros(()))
+        q = self.quantizer(z) if quantize else Quantized(self.quantizer.tokens(self.quantizer.groups(z)), None, z.new_zeros(()))
         return Encoded(q.indices, q.z, appearance, motion, q.loss)
 
-    def decode(self, tokens:torch.Tensor) -> torch.Tensor: # indices (B, L) or latents (B, L, latent_dim) -> (B, 3, T, H, W), not clamped
+    def decode(self, tokens:torch.Tensor) -> torch.Tensor: # indices (B, num_codes) or latents (B, L, latent_dim) -> (B, 3, T, H, W), not clamped
         "Tokens to video (Eq. 3)."
         return _decode(self, tokens)
 
@@ -294,11 +307,11 @@ class _Tokenizer(nn.Module, _Saved, library_name='dera', license='apache-2.0', p
 
 # %% ../nbs/03_query_tokenization.ipynb #decode
 def _decode(model, tokens):
-    c = model.config; want = (c.num_tokens, c.latent_dim) if tokens.is_floating_point() else (c.num_tokens,)
+    c = model.config; want = (c.num_tokens, c.latent_dim) if tokens.is_floating_point() else (c.num_codes,)
     if tuple(tokens.shape[1:]) != want:
-        raise InputError(f'expected {c.num_tokens} tokens a clip, as indices (B, L) or latents (B, L, {c.latent_dim}), got {tuple(tokens.shape)}')
+        raise InputError(f'expected {c.num_tokens} tokens a clip, as indices (B, {c.num_codes}) or latents (B, {c.num_tokens}, {c.latent_dim}), got {tuple(tokens.shape)}')
     latents = tokens if tokens.is_floating_point() else model.quantizer.decode(tokens)
-    y = model.from_latent(latents*c.latent_dim**.5) + model.token_positions
+    y = model.from_latent(latents*(c.latent_dim/c.codes_per_token)**.5) + model.token_positions
     Q_d = (model.decoder_queries + model.query_type).expand(y.shape[0], -1, -1)
     Z_d = model.decoder(torch.cat([Q_d, y], 1))[:, :Q_d.shape[1]]
     return .5 + .5*unpatchify(model.out(Z_d), c.grid, c.patch_t, c.patch_p)

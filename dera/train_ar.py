@@ -554,8 +554,8 @@ def train_from_videos(config:ARConfig,
     if c.condition_frames >= t.num_frames: raise InputError(f'condition_frames is {c.condition_frames}; clips of this tokenizer have {t.num_frames} frames, so at least one must be left to predict')
     clips = _training_clips(c, t); other, classes = _held_clips(c, t, clips.classes), list(clips.classes)
     if other: c = replace(c, held_out=0.)
-    c = replace(c, generator=replace(c.generator, vocab_size=t.codebook_size, num_tokens=tokenizer.num_tokens, num_classes=max(1, len(classes)),
-                                     prefix_tokens=tokenizer.num_tokens if c.condition_frames else 0, tokenizer=key))
+    c = replace(c, generator=replace(c.generator, vocab_size=t.codebook_size, num_tokens=tokenizer.num_codes, num_classes=max(1, len(classes)),
+                                     prefix_tokens=tokenizer.num_codes if c.condition_frames else 0, tokenizer=key))
     run = RunFolder(c.out).path; _same_source(run, c); accelerator = _accelerator(c, run); tokenizer.to(accelerator.device)
     write = lambda clips, name, flips, windows: (tokenize_dataset(tokenizer, clips, run/name, min(32, c.batch_size), flips, mirror_labels(classes) if flips else None,
         c.condition_frames, progress, windows, c.workers, c.timeout), load_tokens(run/name, key))[1]

@@ -22,6 +22,7 @@ from .align import Alignment, match_grid, stage_weights, teacher_features
 from .data import VideoClips
 from .losses import (ARPrior, LeCAM, ReconstructionLoss, VideoDiscriminator, adversarial_term, discriminator_terms, discriminator_turn,
                          load_perceptual, scheduled_sampling)
+from .pocket import PocketClips
 from .quantize import codebook_stats
 from .query import GridTokenizer, QueryTokenizer
 from .sacp import GradientSACP, SACP, SoftConflict, _average
@@ -90,7 +91,7 @@ class TokenizerTraining(_Run):
     perceptual: str = 'pocket-video' # `lpips-vgg`, a teacher whose features are compared, or '': none
     perceptual_weight: float = .05
     quantizer_weight: float = .1
-    quantizer_start: int = 400      # steps with continuous latents
+    quantizer_start: float = 2/3    # steps with continuous latents; below 1: their share of all
     discriminator_weight: float = 0. # of the opponent's verdict; 0: no opponent
     discriminator_start: int = 0    # first step with an opponent
     discriminator_every: int = 5    # steps between its updates
@@ -98,6 +99,9 @@ class TokenizerTraining(_Run):
     lecam_weight: float = .001      # applied once
     prior_weight: float = 0.        # of LARP's prior; 0: none, as in DeRA
     prior_lr_scale: float = 50.     # its learning rate, as a multiple of lr
+
+    def first_quantized(self, steps:int) -> int: # number of steps of the whole training -> the first one that quantises
+        return round(self.quantizer_start*steps) if self.quantizer_start < 1 else int(self.quantizer_start)
 
     @classmethod
     def preset(cls, name:str, # `tiny`, `pocket` or `paper`
@@ -110,7 +114,7 @@ class TokenizerTraining(_Run):
 
 # %% ../nbs/10_tokenizer_training.ipynb #presets
 _TRAININGS = dict(tiny={},
-    pocket=dict(image_teacher='pocket64-image', video_teacher='pocket64-video', perceptual='pocket64-video',
+    pocket=dict(quantizer_start=400, image_teacher='pocket64-image', video_teacher='pocket64-video', perceptual='pocket64-video',
                 warmup=100, log_every=20),
     paper=dict(epochs=75, batch_size=128, lr=1e-4, muon_lr=0., betas=(.5, .9), warmup=8/75, ema=.999, cache=False, sampling='native', workers=8,
                image_teacher='vit_base_patch16_dinov3.lvd1689m', video_teacher='internvideo2-b14', projector_hidden=2048,
@@ -149,8 +153,17 @@ def _teacher_name(c, kind):
     return getattr(c, f'{kind}_teacher') if (c.lambda_a if kind == 'image' else c.lambda_m) else ''
 
 # %% ../nbs/10_tokenizer_training.ipynb #prepare
+def _pocket_clips(name, config, splits):
+    "`pocket=N`: N clips of the pocket world to learn from, an eighth of that in each other split."
+    number = name.removeprefix('pocket=')
+    if not number.isdigit() or int(number) < 8: raise InputError(f'{name!r}: write pocket=N with N clips, 8 or more, as in pocket=40000')
+    n = int(number) if splits[0] in ('train', None) else int(number)//8
+    return PocketClips(n, config.num_frames, config.size, splits[0])
+
 def _clips(c, config, data, splits, **options):
     "The clips of the first split that the data has, or None."
+    name = data[0] if isinstance(data, list) and len(data) == 1 else data
+    if isinstance(name, str) and name.startswith('pocket='): return _pocket_clips(name, config, splits)
     for split in splits:
         try: return VideoClips(data, config.num_frames, config.size, c.sampling, split=split, seed=c.seed, progress=tqdm, **options)
         except InputError as e:
@@ -181,7 +194,7 @@ def _networks(c, config, teachers):
     for t in filter(None, teachers): match_grid(torch.zeros(1, math.prod(t.grid), 1), t.grid, config.grid if t.modality == 'video' else (1, *config.grid[1:]))
     return dict(alignment=Alignment(config.dim, *[t and t.dim for t in teachers], c.projector_hidden, c.projector_shared),
                 discriminator=VideoDiscriminator.preset(c.preset, **sizes) if c.discriminator_weight else None,
-                prior=ARPrior.preset(c.preset, num_tokens=config.num_tokens, latent_dim=config.latent_dim) if c.prior_weight else None)
+                prior=ARPrior.preset(c.preset, num_tokens=config.num_codes, latent_dim=config.latent_dim//config.codes_per_token) if c.prior_weight else None)
 
 def _perceptual(c, teachers):
     "The network of the perceptual term; a teacher that is loaded already is not loaded again."
@@ -325,14 +338,14 @@ def _losses(c, t, x, step, steps):
     "Every term with its weight, every term as it is, and the reconstruction."
     weights, w = stage_weights(step, steps, (c.lambda_a, c.lambda_m), c.align_share), c.reconstruction_weight
     with SoftConflict.attention() if c.surgery == 'soft' else contextlib.nullcontext():
-        video, encoded = t.tokenizer(x, step >= c.quantizer_start or bool(c.init), c.align_layer or None)
+        video, encoded = t.tokenizer(x, step >= c.first_quantized(steps) or bool(c.init), c.align_layer or None)
     _, found = t.reconstruction(video, x)
     terms = {k: w*dict(l1=1., l2=c.l2_weight).get(k, c.perceptual_weight)*v for k, v in found.items()}
     found['quantizer'] = encoded.quantizer_loss; terms['quantizer'] = w*c.quantizer_weight*encoded.quantizer_loss
     if t.discriminator and step >= c.discriminator_start:
         found['adversarial'] = adversarial_term(t.discriminator, video); terms['adversarial'] = w*c.discriminator_weight*found['adversarial']
     if t.prior and encoded.indices is not None:
-        found['prior'] = t.prior(encoded.latents, encoded.indices, t.tokenizer.quantizer.codebook, scheduled_sampling(step, steps))
+        found['prior'] = t.prior(t.tokenizer.quantizer.groups(encoded.latents), encoded.indices, t.tokenizer.quantizer.codebook, scheduled_sampling(step, steps))
         terms['prior'] = w*c.prior_weight*found['prior']
     targets = teacher_features(*(t.teachers if any(weights) else (None, None)), x, t.tokenizer.config.grid)
     aligned, seen = _align(c, t, encoded, targets, weights)
@@ -364,7 +377,7 @@ def _step(c, t, x, step, steps):
         o.zero_grad()
         for group, rate in zip(o.param_groups, rates): group['lr'] = rate*learning_rate(step, steps, c.warmup)
     with autocast(c.precision, device):
-        if step == c.quantizer_start and not c.init: t.tokenizer.quantizer.init_from(t.tokenizer.encode(x, quantize=False).latents)
+        if step == c.first_quantized(steps) and not c.init: t.tokenizer.quantizer.init_from(t.tokenizer.encode(x, quantize=False).latents)
     for part in x.chunk(c.accumulate):
         with autocast(c.precision, device): terms, found, video = _losses(c, t, part, step, steps)
         loss = sum(terms.values()); found['loss'] = loss

@@ -500,7 +500,7 @@ class Known(nn.Module):
     "A tokenizer that knows its clips: token 0 names the appearance and token 1 the motion; or, entangled, token 1 names both."
     def __init__(self, factors, entangled=False):
         super().__init__(); self.factors, self.entangled = factors, entangled; self.bank = render(factors, 8, 32).flatten(1)
-        self.config = SimpleNamespace(num_appearance=1, num_tokens=2, codebook_size=len(factors))
+        self.config = SimpleNamespace(num_appearance=1, num_tokens=2, num_codes=2, codebook_size=len(factors))
     def encode(self, video): i = torch.cdist(video.flatten(1), self.bank).argmin(1); return SimpleNamespace(indices=torch.stack([i, i], 1), latents=F.one_hot(torch.stack([i, i], 1), len(self.bank)).float())
     def decode(self, indices): a, m = indices.unbind(1); return render(self.factors[m if self.entangled else a].swap(motion_of=self.factors[m]), 8, 32)
 

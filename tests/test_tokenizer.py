@@ -48,7 +48,7 @@ def test_one_interface(cls, changes):
     with torch.no_grad():
         code = model.encode(video)
         assert model.num_tokens == (patches if cls is GridTokenizer else c.num_tokens)
-        assert code.indices.shape == (3, model.num_tokens) and code.indices.dtype == torch.int64
+        assert code.indices.shape == (3, model.num_codes) and code.indices.dtype == torch.int64
         assert code.latents.shape == (3, model.num_tokens, 16) and code.motion.shape == (3, patches, 96) and code.quantizer_loss.shape == ()
         assert code.appearance.shape == (3, patches//c.grid[0], 96) if cls is DeRATokenizer else code.appearance is None
         assert torch.equal(model.decode(code.indices), model.decode(code.latents)) and torch.equal(model(video).video, model.decode(code.indices))
