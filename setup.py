@@ -1,21 +1,43 @@
 "The package as settings.ini describes it; the shipped checkpoints travel inside the wheel as dera/checkpoints."
+
 from configparser import ConfigParser
 from pathlib import Path
-from setuptools import setup
+
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
-config = ConfigParser(delimiters=['=']); config.read(here/'settings.ini', encoding='utf-8'); cfg = config['DEFAULT']
+config = ConfigParser(delimiters=["="])
+config.read(here / "settings.ini", encoding="utf-8")
+cfg = config["DEFAULT"]
 lines = lambda key: [l for l in cfg[key].splitlines() if l.strip()]
-read = lambda name: (here/name).read_text(encoding='utf-8') if (here/name).exists() else ''
-shipped = [p.relative_to(here/'data') for p in sorted((here/'data'/'checkpoints').glob('**')) if p.is_dir()]
-folders = {'.'.join(('dera', *p.parts)): f'data/{p.as_posix()}' for p in shipped}
+read = lambda name: (here / name).read_text(encoding="utf-8") if (here / name).exists() else ""
+shipped = [
+    p.relative_to(here / "data")
+    for p in sorted((here / "data" / "checkpoints").glob("**"))
+    if p.is_dir()
+]
+folders = {".".join(("dera", *p.parts)): f"data/{p.as_posix()}" for p in shipped}
 
 setup(
-    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'].split(),
-    long_description=read('README.md'), long_description_content_type='text/markdown',
-    author=cfg['author'], license='Apache-2.0', python_requires=f'>={cfg["min_python"]}',
-    classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Programming Language :: Python :: 3'],
-    install_requires=lines('requirements'), extras_require=dict(dev=lines('dev_requirements')),
-    entry_points=dict(console_scripts=lines('console_scripts')),
-    packages=['dera', *folders], package_dir={'dera': 'dera', **folders},
-    package_data={name: ['*'] for name in folders}, zip_safe=False)
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    keywords=cfg["keywords"].split(),
+    long_description=read("README.md"),
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    license="Apache-2.0",
+    python_requires=f">={cfg['min_python']}",
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+    ],
+    install_requires=lines("requirements"),
+    extras_require=dict(dev=lines("dev_requirements")),
+    entry_points=dict(console_scripts=lines("console_scripts")),
+    packages=[*find_packages(include=["dera", "dera.*"]), *folders],
+    package_dir={"dera": "dera", **folders},
+    package_data={name: ["*"] for name in folders},
+    zip_safe=False,
+)

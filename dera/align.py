@@ -8,85 +8,134 @@ __all__ = ['alignment_loss', 'Projector', 'match_grid', 'teacher_features', 'Ali
 # %% ../nbs/06_foundation_alignment.ipynb #imports
 import math
 
-import torch, torch.nn as nn, torch.nn.functional as F
-from .utils import InputError
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .runtime.errors import InputError
 
 # %% ../nbs/06_foundation_alignment.ipynb #loss
-def alignment_loss(pred:torch.Tensor, # h(E), (B, N, D)
-                   target:torch.Tensor # teacher features, (B, N, D)
-                  ) -> torch.Tensor: # float32 scalar in [-1, 1]
+def alignment_loss(
+    pred: torch.Tensor,  # h(E), (B, N, D)
+    target: torch.Tensor,  # teacher features, (B, N, D)
+) -> torch.Tensor:  # float32 scalar in [-1, 1]
     "Mean negative cosine over batch and positions (Eq. 4, 5)."
     if pred.shape != target.shape:
-        raise InputError(f'projected features {tuple(pred.shape)} and teacher features {tuple(target.shape)} differ; match the grids first')
+        raise InputError(
+            f"projected features {tuple(pred.shape)} and teacher features {tuple(target.shape)} differ; match the grids first"
+        )
     return -F.cosine_similarity(pred.float(), target.detach().float(), dim=-1).mean()
 
 # %% ../nbs/06_foundation_alignment.ipynb #projector
 class Projector(nn.Sequential):
     "Two-layer MLP h from encoder width to teacher width."
-    def __init__(self, dim:int, # encoder width
-                 teacher_dim:int, # teacher width
-                 hidden:int=2048): # width between
+
+    def __init__(
+        self,
+        dim: int,  # encoder width
+        teacher_dim: int,  # teacher width
+        hidden: int = 2048,
+    ):  # width between
         super().__init__(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, teacher_dim))
 
 # %% ../nbs/06_foundation_alignment.ipynb #match
-def match_grid(features:torch.Tensor, # (B, N, D) in the teacher's grid
-               grid:tuple[int, int, int], # the teacher's, (T', H', W')
-               wanted:tuple[int, int, int], # the encoder's
-               interpolate:bool=False # allow trilinear interpolation
-              ) -> torch.Tensor: # (B, N', D) in the wanted grid
+def match_grid(
+    features: torch.Tensor,  # (B, N, D) in the teacher's grid
+    grid: tuple[int, int, int],  # the teacher's, (T', H', W')
+    wanted: tuple[int, int, int],  # the encoder's
+    interpolate: bool = False,  # allow trilinear interpolation
+) -> torch.Tensor:  # (B, N', D) in the wanted grid
     "Average teacher features over time onto the encoder's grid."
     grid, wanted = tuple(grid), tuple(wanted)
-    if features.shape[1] != math.prod(grid): raise InputError(f'{features.shape[1]} teacher features do not fill the grid {grid}; drop special tokens first')
-    if grid == wanted: return features
+    if features.shape[1] != math.prod(grid):
+        raise InputError(
+            f"{features.shape[1]} teacher features do not fill the grid {grid}; drop special tokens first"
+        )
+    if grid == wanted:
+        return features
     x = features.unflatten(1, grid)
-    if grid[1:] == wanted[1:] and grid[0] % wanted[0] == 0: return x.unflatten(1, (wanted[0], -1)).mean(2).flatten(1, 3)
-    if not interpolate: raise InputError(f"teacher grid {grid} does not average onto encoder grid {wanted}; change the teacher's input size or ask for interpolation")
-    return F.interpolate(x.movedim(-1, 1), size=wanted, mode='trilinear').movedim(1, -1).flatten(1, 3)
+    if grid[1:] == wanted[1:] and grid[0] % wanted[0] == 0:
+        return x.unflatten(1, (wanted[0], -1)).mean(2).flatten(1, 3)
+    if not interpolate:
+        raise InputError(
+            f"teacher grid {grid} does not average onto encoder grid {wanted}; change the teacher's input size or ask for interpolation"
+        )
+    return (
+        F.interpolate(x.movedim(-1, 1), size=wanted, mode="trilinear").movedim(1, -1).flatten(1, 3)
+    )
 
 # %% ../nbs/06_foundation_alignment.ipynb #teacher-features
 @torch.no_grad()
-def teacher_features(image_teacher, video_teacher, # `Teacher`s; None: not used
-                     video:torch.Tensor, # (B, 3, T, H, W) in [0, 1]
-                     grid:tuple[int, int, int], # of the tokenizer's patches
-                     interpolate:bool=False # of `match_grid`
-                    ) -> tuple: # targets of both streams, (B, L_s, D) and (B, L_t, D), or None
+def teacher_features(
+    image_teacher,
+    video_teacher,  # `Teacher`s; None: not used
+    video: torch.Tensor,  # (B, 3, T, H, W) in [0, 1]
+    grid: tuple[int, int, int],  # of the tokenizer's patches
+    interpolate: bool = False,  # of `match_grid`
+) -> tuple:  # targets of both streams, (B, L_s, D) and (B, L_t, D), or None
     "Image features of the first frame and video features of the clip, on the tokenizer's grid."
-    see = lambda teacher, x, g: None if teacher is None else match_grid(teacher(x), teacher.grid, g, interpolate)
-    return see(image_teacher, video[:, :, :1], (1, *grid[1:])), see(video_teacher, video, tuple(grid))
+    see = lambda teacher, x, g: (
+        None if teacher is None else match_grid(teacher(x), teacher.grid, g, interpolate)
+    )
+    return see(image_teacher, video[:, :, :1], (1, *grid[1:])), see(
+        video_teacher, video, tuple(grid)
+    )
 
 # %% ../nbs/06_foundation_alignment.ipynb #alignment
 class Alignment(nn.Module):
     "Projectors of both streams; teachers stay outside, so that no checkpoint can contain them."
-    def __init__(self, dim:int, # encoder width
-                 image_dim:int|None=None, video_dim:int|None=None, # teacher widths; None: no such teacher
-                 hidden:int=2048, # of the projectors
-                 shared:bool=False): # one projector for both streams
-        super().__init__()
-        if shared and image_dim != video_dim: raise InputError(f'a shared projector needs teachers of one width, got {image_dim} and {video_dim}; use shared=False')
-        self.appearance = Projector(dim, image_dim, hidden) if image_dim else None
-        self.motion = self.appearance if shared else Projector(dim, video_dim, hidden) if video_dim else None
 
-    def forward(self, encoded, # of a tokenizer: E_a and E_m
-                image_features:torch.Tensor|None=None, # (B, L_s, image_dim)
-                video_features:torch.Tensor|None=None # (B, L_t, video_dim)
-               ) -> tuple[torch.Tensor, torch.Tensor]: # L_a, L_m; zero for a stream without teacher
+    def __init__(
+        self,
+        dim: int,  # encoder width
+        image_dim: int | None = None,
+        video_dim: int | None = None,  # teacher widths; None: no such teacher
+        hidden: int = 2048,  # of the projectors
+        shared: bool = False,
+    ):  # one projector for both streams
+        super().__init__()
+        if shared and image_dim != video_dim:
+            raise InputError(
+                f"a shared projector needs teachers of one width, got {image_dim} and {video_dim}; use shared=False"
+            )
+        self.appearance = Projector(dim, image_dim, hidden) if image_dim else None
+        self.motion = (
+            self.appearance if shared else Projector(dim, video_dim, hidden) if video_dim else None
+        )
+
+    def forward(
+        self,
+        encoded,  # of a tokenizer: E_a and E_m
+        image_features: torch.Tensor | None = None,  # (B, L_s, image_dim)
+        video_features: torch.Tensor | None = None,  # (B, L_t, video_dim)
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # L_a, L_m; zero for a stream without teacher
         "Eq. 4 and 5."
-        return (self._loss('appearance', encoded.appearance, image_features), self._loss('motion', encoded.motion, video_features))
+        return (
+            self._loss("appearance", encoded.appearance, image_features),
+            self._loss("motion", encoded.motion, video_features),
+        )
 
     def _loss(self, stream, features, target):
         project = getattr(self, stream)
-        if target is None: return torch.zeros((), device=next(self.parameters(), torch.empty(0)).device)
-        if project is None: raise InputError(f'features for the {stream} stream, which has no projector; give Alignment its teacher\'s width')
-        if features is None: raise InputError(f'this tokenizer has no {stream} stream; leave its teacher out')
+        if target is None:
+            return torch.zeros((), device=next(self.parameters(), torch.empty(0)).device)
+        if project is None:
+            raise InputError(
+                f"features for the {stream} stream, which has no projector; give Alignment its teacher's width"
+            )
+        if features is None:
+            raise InputError(f"this tokenizer has no {stream} stream; leave its teacher out")
         return alignment_loss(project(features), target)
 
 # %% ../nbs/06_foundation_alignment.ipynb #stages
-def stage_weights(step:int, # from 0
-                  steps:int, # of the whole training
-                  weights:tuple[float, float]=(1., .5), # lambda_a, lambda_m of the first stage
-                  share:float=1., # of the steps in the first stage; 1: one stage, 20/75: Table 4
-                  second:tuple[float, float]=(0., 0.) # weights of the second stage
-                 ) -> tuple[float, float]: # lambda_a, lambda_m of this step
+def stage_weights(
+    step: int,  # from 0
+    steps: int,  # of the whole training
+    weights: tuple[float, float] = (1.0, 0.5),  # lambda_a, lambda_m of the first stage
+    share: float = 1.0,  # of the steps in the first stage; 1: one stage, 20/75: Table 4
+    second: tuple[float, float] = (0.0, 0.0),  # weights of the second stage
+) -> tuple[float, float]:  # lambda_a, lambda_m of this step
     "Weights of the alignment losses, in one stage or two."
-    if not 0 <= share <= 1: raise InputError(f'the first stage takes a share of the steps in [0, 1], got {share}')
-    return tuple(weights) if step < round(share*steps) else tuple(second)
+    if not 0 <= share <= 1:
+        raise InputError(f"the first stage takes a share of the steps in [0, 1], got {share}")
+    return tuple(weights) if step < round(share * steps) else tuple(second)

@@ -10,118 +10,171 @@ __all__ = ['GeneratorConfig', 'Attention', 'SwiGLU', 'Block', 'NextTokenModel', 
 import math
 from dataclasses import dataclass
 
-import torch, torch.nn as nn, torch.nn.functional as F
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
-from .utils import InputError
+
+from .runtime.errors import InputError
 
 # %% ../nbs/11_ar_generation.ipynb #sizes
-_SIZES = {'tiny': dict(dim=128, depth=5, heads=4),
-          'pocket': dict(vocab_size=1024, num_tokens=256, dim=320, depth=8, heads=5),
-          '343M': dict(vocab_size=8192, num_tokens=1024, num_classes=101, dim=1024, depth=24, heads=16, multiple=256),
-          '632M': dict(vocab_size=8192, num_tokens=1024, num_classes=101, dim=1280, depth=30, heads=20, multiple=256)}
+_SIZES = {
+    "tiny": dict(dim=128, depth=5, heads=4),
+    "pocket": dict(vocab_size=1024, num_tokens=256, dim=320, depth=8, heads=5),
+    "343M": dict(
+        vocab_size=8192,
+        num_tokens=1024,
+        num_classes=101,
+        dim=1024,
+        depth=24,
+        heads=16,
+        multiple=256,
+    ),
+    "632M": dict(
+        vocab_size=8192,
+        num_tokens=1024,
+        num_classes=101,
+        dim=1280,
+        depth=30,
+        heads=20,
+        multiple=256,
+    ),
+}
 
 # %% ../nbs/11_ar_generation.ipynb #config
 @dataclass
 class GeneratorConfig:
     "The shape of a generator."
-    vocab_size: int = 512      # codes of the tokenizer
-    num_tokens: int = 64       # tokens of a clip, appearance first
-    num_classes: int = 112     # class labels; not used with a prefix
-    prefix_tokens: int = 0     # tokens of the conditioning frames; 0: conditioned on a class
-    dim: int = 128             # width
-    depth: int = 5             # blocks
-    heads: int = 4             # attention heads, each dim/heads wide
-    multiple: int = 32         # the hidden width of SwiGLU is rounded up to a multiple of this
-    dropout: float = .1        # of tokens, attention output and SwiGLU output
-    class_dropout: float = .1  # share of training samples whose class is hidden
-    tokenizer: str = ''        # fingerprint of the tokenizer whose tokens are modelled
+
+    vocab_size: int = 512  # codes of the tokenizer
+    num_tokens: int = 64  # tokens of a clip, appearance first
+    num_classes: int = 112  # class labels; not used with a prefix
+    prefix_tokens: int = 0  # tokens of the conditioning frames; 0: conditioned on a class
+    dim: int = 128  # width
+    depth: int = 5  # blocks
+    heads: int = 4  # attention heads, each dim/heads wide
+    multiple: int = 32  # the hidden width of SwiGLU is rounded up to a multiple of this
+    dropout: float = 0.1  # of tokens, attention output and SwiGLU output
+    class_dropout: float = 0.1  # share of training samples whose class is hidden
+    tokenizer: str = ""  # fingerprint of the tokenizer whose tokens are modelled
 
     def __post_init__(self):
-        if self.dim % self.heads: raise InputError(f'dim {self.dim} does not divide into {self.heads} heads; change either')
+        if self.dim % self.heads:
+            raise InputError(
+                f"dim {self.dim} does not divide into {self.heads} heads; change either"
+            )
 
     @classmethod
-    def preset(cls, name:str, # tiny, pocket, 343M or 632M
-               **overrides # any field
-              ) -> 'GeneratorConfig':
+    def preset(
+        cls,
+        name: str,  # tiny, pocket, 343M or 632M
+        **overrides,  # any field
+    ) -> "GeneratorConfig":
         "A named size, with any field replaced."
-        if name not in _SIZES: raise InputError(f'unknown generator preset {name!r}; choose one of {", ".join(_SIZES)}')
+        if name not in _SIZES:
+            raise InputError(
+                f"unknown generator preset {name!r}; choose one of {', '.join(_SIZES)}"
+            )
         return cls(**{**_SIZES[name], **overrides})
 
 # %% ../nbs/11_ar_generation.ipynb #attend
 def _attend(q, k, v):
     "Causal attention, or one query over all keys; no bfloat16 on the CPU."
     causal = q.shape[2] > 1
-    if q.device.type != 'cpu' or q.dtype != torch.bfloat16: return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    with torch.autocast('cpu', enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal).bfloat16()
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(
+            q.float(), k.float(), v.float(), is_causal=causal
+        ).bfloat16()
 
 # %% ../nbs/11_ar_generation.ipynb #attention
 class Attention(nn.Module):
     "Causal multi-head self-attention with an optional memory of keys and values."
-    def __init__(self, config:GeneratorConfig):
+
+    def __init__(self, config: GeneratorConfig):
         super().__init__()
         self.heads = config.heads
-        self.qkv = nn.Linear(config.dim, 3*config.dim, bias=False)
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x:torch.Tensor, # (B, l, D): the whole sequence, or one new token when start > 0
-                cache:torch.Tensor|None=None, # (2, B, heads, S, D/heads), filled up to `start`; l more are written
-                start:int=0 # position of x's first token
-               ) -> torch.Tensor: # (B, l, D)
+    def forward(
+        self,
+        x: torch.Tensor,  # (B, l, D): the whole sequence, or one new token when start > 0
+        cache: torch.Tensor
+        | None = None,  # (2, B, heads, S, D/heads), filled up to `start`; l more are written
+        start: int = 0,  # position of x's first token
+    ) -> torch.Tensor:  # (B, l, D)
         b, l, d = x.shape
-        q, k, v = self.qkv(x).view(b, l, 3, self.heads, d//self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).view(b, l, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         if cache is not None:
-            cache[0, :, :, start:start + l], cache[1, :, :, start:start + l] = k, v
-            k, v = cache[:, :, :, :start + l]
+            cache[0, :, :, start : start + l], cache[1, :, :, start : start + l] = k, v
+            k, v = cache[:, :, :, : start + l]
         return self.out(_attend(q, k, v).transpose(1, 2).reshape(b, l, d))
 
 # %% ../nbs/11_ar_generation.ipynb #swiglu
 class SwiGLU(nn.Module):
     "The gated feed-forward layer of LLaMA."
-    def __init__(self, config:GeneratorConfig):
+
+    def __init__(self, config: GeneratorConfig):
         super().__init__()
-        hidden = config.multiple*math.ceil(int(8*config.dim/3)/config.multiple)
-        self.w13 = nn.Linear(config.dim, 2*hidden, bias=False)
+        hidden = config.multiple * math.ceil(int(8 * config.dim / 3) / config.multiple)
+        self.w13 = nn.Linear(config.dim, 2 * hidden, bias=False)
         self.w2 = nn.Linear(hidden, config.dim, bias=False)
 
     def forward(self, x):
         gate, value = self.w13(x).chunk(2, -1)
-        return self.w2(F.silu(gate)*value)
+        return self.w2(F.silu(gate) * value)
 
 # %% ../nbs/11_ar_generation.ipynb #block
 class Block(nn.Module):
     "One layer: attention and SwiGLU, each normalised before and added after."
-    def __init__(self, config:GeneratorConfig):
+
+    def __init__(self, config: GeneratorConfig):
         super().__init__()
         self.norm1, self.attention = nn.RMSNorm(config.dim, eps=1e-5), Attention(config)
         self.norm2, self.feed_forward = nn.RMSNorm(config.dim, eps=1e-5), SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None, start=0): # as in `Attention`
+    def forward(self, x, cache=None, start=0):  # as in `Attention`
         x = x + self.dropout(self.attention(self.norm1(x), cache, start))
         return x + self.dropout(self.feed_forward(self.norm2(x)))
 
 # %% ../nbs/11_ar_generation.ipynb #model
 class NextTokenModel(nn.Module):
     "Logits of each token of a clip, given a condition and the tokens before it."
-    def __init__(self, config:GeneratorConfig):
+
+    def __init__(self, config: GeneratorConfig):
         super().__init__()
         c = self.config = config
-        self.tokens = nn.Embedding(c.vocab_size + bool(c.prefix_tokens), c.dim) # with a prefix, the last one separates
-        if not c.prefix_tokens: self.classes = nn.Embedding(c.num_classes + 1, c.dim) # the last one is "no class"
+        self.tokens = nn.Embedding(
+            c.vocab_size + bool(c.prefix_tokens), c.dim
+        )  # with a prefix, the last one separates
+        if not c.prefix_tokens:
+            self.classes = nn.Embedding(c.num_classes + 1, c.dim)  # the last one is "no class"
         self.positions = nn.Parameter(torch.empty(c.prefix_tokens + c.num_tokens, c.dim))
-        self.dropout, self.blocks = nn.Dropout(c.dropout), nn.ModuleList(Block(c) for _ in range(c.depth))
-        self.norm, self.head = nn.RMSNorm(c.dim, eps=1e-5), nn.Linear(c.dim, c.vocab_size, bias=False)
+        self.dropout, self.blocks = (
+            nn.Dropout(c.dropout),
+            nn.ModuleList(Block(c) for _ in range(c.depth)),
+        )
+        self.norm, self.head = (
+            nn.RMSNorm(c.dim, eps=1e-5),
+            nn.Linear(c.dim, c.vocab_size, bias=False),
+        )
         for p in self.parameters():
-            if p.ndim > 1: nn.init.normal_(p, std=.02)
+            if p.ndim > 1:
+                nn.init.normal_(p, std=0.02)
         nn.init.zeros_(self.head.weight)
 
-    def condition(self, labels:torch.Tensor|None=None, # (B,) int64; `num_classes` means no class
-                  prefix:torch.Tensor|None=None # (B, prefix_tokens) int64
-                 ) -> torch.Tensor: # (B, 1 or prefix_tokens + 1, D)
+    def condition(
+        self,
+        labels: torch.Tensor | None = None,  # (B,) int64; `num_classes` means no class
+        prefix: torch.Tensor | None = None,  # (B, prefix_tokens) int64
+    ) -> torch.Tensor:  # (B, 1 or prefix_tokens + 1, D)
         "Embed what the clip is conditioned on."
         self.check_condition(labels, prefix)
-        if prefix is not None: return self.tokens(F.pad(prefix, (0, 1), value=self.config.vocab_size))
+        if prefix is not None:
+            return self.tokens(F.pad(prefix, (0, 1), value=self.config.vocab_size))
         if self.training:
             hidden = torch.rand(len(labels), device=labels.device) < self.config.class_dropout
             labels = labels.masked_fill(hidden, self.config.num_classes)
@@ -131,250 +184,439 @@ class NextTokenModel(nn.Module):
         "Refuse what this generator is not conditioned on."
         c, n = self.config, self.config.prefix_tokens
         if (labels is None) == (prefix is None) or (prefix is None) == bool(n):
-            raise InputError(f"give {f'prefix= ({n} tokens a clip)' if n else 'labels='} and nothing else: that is what this generator is conditioned on")
-        if prefix is not None and prefix.shape[1:] != (n,): raise InputError(f'the prefix has shape {tuple(prefix.shape)}; this generator takes (clips, {n})')
-        if not len(labels if prefix is None else prefix): raise InputError('no labels or prefix: nothing to generate')
+            raise InputError(
+                f"give {f'prefix= ({n} tokens a clip)' if n else 'labels='} and nothing else: that is what this generator is conditioned on"
+            )
+        if prefix is not None and prefix.shape[1:] != (n,):
+            raise InputError(
+                f"the prefix has shape {tuple(prefix.shape)}; this generator takes (clips, {n})"
+            )
+        if not len(labels if prefix is None else prefix):
+            raise InputError("no labels or prefix: nothing to generate")
 
-    def forward(self, indices, labels=None, prefix=None): # (B, l) int64, l <= num_tokens -> logits (B, l, vocab_size)
+    def forward(
+        self, indices, labels=None, prefix=None
+    ):  # (B, l) int64, l <= num_tokens -> logits (B, l, vocab_size)
         x = torch.cat([self.condition(labels, prefix), self.tokens(indices[:, :-1])], 1)
-        x = self.dropout(x) + self.positions[:x.shape[1]]
-        for block in self.blocks: x = block(x)
-        return self.head(self.norm(x[:, -indices.shape[1]:]))
+        x = self.dropout(x) + self.positions[: x.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x[:, -indices.shape[1] :]))
 
 # %% ../nbs/11_ar_generation.ipynb #choose
-def choose_tokens(logits:torch.Tensor, # (B, V)
-                  uniform:torch.Tensor, # (B,) in [0, 1)
-                  temperature:float=1., # 0 takes the likeliest
-                  top_k:int=0, # keep this many codes; 0 keeps all
-                  top_p:float=1. # keep the likeliest codes that hold this much probability
-                 ) -> torch.Tensor: # (B,) int64
+def choose_tokens(
+    logits: torch.Tensor,  # (B, V)
+    uniform: torch.Tensor,  # (B,) in [0, 1)
+    temperature: float = 1.0,  # 0 takes the likeliest
+    top_k: int = 0,  # keep this many codes; 0 keeps all
+    top_p: float = 1.0,  # keep the likeliest codes that hold this much probability
+) -> torch.Tensor:  # (B,) int64
     "Turn one uniform number a sample into one token a sample."
-    if temperature == 0: return logits.argmax(-1)
-    p = (logits.double()/temperature).softmax(-1)
-    if top_k: p = p*(p >= p.topk(min(top_k, p.shape[-1])).values[:, -1:])
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = (logits.double() / temperature).softmax(-1)
+    if top_k:
+        p = p * (p >= p.topk(min(top_k, p.shape[-1])).values[:, -1:])
     if top_p < 1:
         ranked, order = p.sort(dim=-1, descending=True, stable=True)
-        outside = ranked.cumsum(-1) - ranked >= top_p*ranked.sum(-1, keepdim=True)
+        outside = ranked.cumsum(-1) - ranked >= top_p * ranked.sum(-1, keepdim=True)
         p = p.scatter(-1, order, ranked.masked_fill(outside, 0))
     cumulative = p.cumsum(-1)
-    return torch.searchsorted(cumulative, uniform.double()[:, None]*cumulative[:, -1:], right=True)[:, 0]
+    return torch.searchsorted(
+        cumulative, uniform.double()[:, None] * cumulative[:, -1:], right=True
+    )[:, 0]
 
 # %% ../nbs/11_ar_generation.ipynb #uniforms
 def _seeds(seed, n):
     "One seed per sample; sample i of seed s is sample 0 of seed s + i."
-    seeds = torch.as_tensor(seed); seeds = (seeds + torch.arange(n) if seeds.ndim == 0 else seeds).tolist()
-    if len(seeds) != n: raise InputError(f'{len(seeds)} seeds for {n} samples; give one, or one per sample')
+    seeds = torch.as_tensor(seed)
+    seeds = (seeds + torch.arange(n) if seeds.ndim == 0 else seeds).tolist()
+    if len(seeds) != n:
+        raise InputError(f"{len(seeds)} seeds for {n} samples; give one, or one per sample")
     return seeds
+
 
 def _uniforms(seed, n, length):
     "One row of uniform numbers per sample, (n, length)."
-    return torch.stack([torch.rand(length, generator=torch.Generator().manual_seed(s)) for s in _seeds(seed, n)])
+    return torch.stack(
+        [torch.rand(length, generator=torch.Generator().manual_seed(s)) for s in _seeds(seed, n)]
+    )
 
 # %% ../nbs/11_ar_generation.ipynb #pack
-def _linear(x, weight): # (B, n), (m, n) -> (B, m)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, 'none', [], '') if weight.is_mkldnn else F.linear(x, weight)
+def _linear(x, weight):  # (B, n), (m, n) -> (B, m)
+    return (
+        torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        if weight.is_mkldnn
+        else F.linear(x, weight)
+    )
+
 
 def _pack(weight):
     "A matrix in the layout that the CPU's product wants, if torch offers one."
-    if weight.ndim < 2 or weight.device.type != 'cpu' or not torch.backends.mkldnn.is_available(): return weight
+    if weight.ndim < 2 or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return weight
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
-        _linear(weight.new_zeros(2, weight.shape[1]), packed); return packed
-    except (AttributeError, RuntimeError): return weight
+        _linear(weight.new_zeros(2, weight.shape[1]), packed)
+        return packed
+    except (AttributeError, RuntimeError):
+        return weight
 
 # %% ../nbs/11_ar_generation.ipynb #decode-layer
-def _attend_one(q, k, v, bias=None): # (B, heads, 1, d), twice (B, heads, n, d), (1, n)
+def _attend_one(q, k, v, bias=None):  # (B, heads, 1, d), twice (B, heads, n, d), (1, n)
     "Attention of one query; by hand for bfloat16 on the CPU, where torch's is slow."
-    if q.device.type != 'cpu' or q.dtype != torch.bfloat16: return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    scores = (k@q.transpose(2, 3)).float()[..., 0]*q.shape[-1]**-.5
-    return (scores if bias is None else scores + bias.float()).softmax(-1).to(v.dtype)[:, :, None]@v
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    scores = (k @ q.transpose(2, 3)).float()[..., 0] * q.shape[-1] ** -0.5
+    return (scores if bias is None else scores + bias.float()).softmax(-1).to(v.dtype)[
+        :, :, None
+    ] @ v
+
 
 def _decode_layer(x, weights, memory, filled, where=None, bias=None):
     "A block for one token, (rows, D) -> (rows, D); writes its key and value into `memory`."
-    norm1, qkv, out, norm2, w13, w2 = weights; _, b, heads, _, d = memory.shape
+    norm1, qkv, out, norm2, w13, w2 = weights
+    _, b, heads, _, d = memory.shape
     h = _linear(F.rms_norm(x, norm1.shape, norm1, 1e-5), qkv)[:b].view(b, 3, heads, 1, d)
-    if where is None: memory[:, :, :, filled - 1:filled] = h[:, 1:].transpose(0, 1)
-    else: memory.index_copy_(3, where, h[:, 1:].transpose(0, 1))
-    y = _attend_one(h[:, 0], *memory[:, :, :, :filled], bias).reshape(b, heads*d)
+    if where is None:
+        memory[:, :, :, filled - 1 : filled] = h[:, 1:].transpose(0, 1)
+    else:
+        memory.index_copy_(3, where, h[:, 1:].transpose(0, 1))
+    y = _attend_one(h[:, 0], *memory[:, :, :, :filled], bias).reshape(b, heads * d)
     x = x + _linear(y.expand(len(x), -1), out)
     gate, value = _linear(F.rms_norm(x, norm2.shape, norm2, 1e-5), w13).chunk(2, -1)
-    return x + _linear(F.silu(gate)*value, w2)
+    return x + _linear(F.silu(gate) * value, w2)
 
-def _weights(block): return [block.norm1.weight, block.attention.qkv.weight, block.attention.out.weight,
-                             block.norm2.weight, block.feed_forward.w13.weight, block.feed_forward.w2.weight]
+
+def _weights(block):
+    return [
+        block.norm1.weight,
+        block.attention.qkv.weight,
+        block.attention.out.weight,
+        block.norm2.weight,
+        block.feed_forward.w13.weight,
+        block.feed_forward.w2.weight,
+    ]
 
 # %% ../nbs/11_ar_generation.ipynb #capture
 def _capture(run):
     "Record a function's kernels as a CUDA graph; returns the graph and the tensor that a replay fills."
-    side = torch.cuda.Stream(); side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side): run(); run()
-    torch.cuda.current_stream().wait_stream(side); graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph): result = run()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
     return graph, result
 
 # %% ../nbs/11_ar_generation.ipynb #decoder
 class _Decoder:
     "What one step of generation needs, kept between calls; a copy of the model starts without it."
-    def __init__(self, model, rows, dtype, compile):
-        p = model.positions; self.kind, self.device, self.graphs, self.weights = (p.device, dtype, compile), p.device, {}, []
-        self.cache = model.new_cache(rows, dtype); self.layer = torch.compile(_decode_layer) if compile else _decode_layer
-        self.x, self.where = torch.zeros(rows, p.shape[1], dtype=dtype, device=p.device), torch.zeros(1, dtype=torch.long, device=p.device)
 
-    def __reduce__(self): return type(None), ()
+    def __init__(self, model, rows, dtype, compile):
+        p = model.positions
+        self.kind, self.device, self.graphs, self.weights = (
+            (p.device, dtype, compile),
+            p.device,
+            {},
+            [],
+        )
+        self.cache = model.new_cache(rows, dtype)
+        self.layer = torch.compile(_decode_layer) if compile else _decode_layer
+        self.x, self.where = (
+            torch.zeros(rows, p.shape[1], dtype=dtype, device=p.device),
+            torch.zeros(1, dtype=torch.long, device=p.device),
+        )
+
+    def __reduce__(self):
+        return type(None), ()
 
     @torch.inference_mode()
     def load(self, model, pack=True):
         "Take over the model's weights as they are now."
         groups = [_weights(b) for b in model.blocks] + [[model.norm.weight, model.head.weight]]
-        fresh = [[_pack(w.to(self.cache.dtype)) if pack else w.to(self.cache.dtype) for w in g] for g in groups]
-        if not self.graphs: self.weights = fresh; return
-        for old, new in zip(sum(self.weights, []), sum(fresh, [])): # a captured graph reads where the old ones are
-            if old is not new: old.copy_(new)
+        fresh = [
+            [_pack(w.to(self.cache.dtype)) if pack else w.to(self.cache.dtype) for w in g]
+            for g in groups
+        ]
+        if not self.graphs:
+            self.weights = fresh
+            return
+        for old, new in zip(
+            sum(self.weights, []), sum(fresh, [])
+        ):  # a captured graph reads where the old ones are
+            if old is not new:
+                old.copy_(new)
 
-    def step(self, x, start): # (rows, D) embeddings of one token with its position added -> (rows, V)
+    def step(
+        self, x, start
+    ):  # (rows, D) embeddings of one token with its position added -> (rows, V)
         "Logits of the next token, of the first `rows` rows of the cache."
-        rows = len(x); x = x.to(self.cache.dtype)
-        if self.device.type == 'cuda': return self._replay(x, start)
+        rows = len(x)
+        x = x.to(self.cache.dtype)
+        if self.device.type == "cuda":
+            return self._replay(x, start)
         return self._run(x if self.kind[2] else x.expand(max(2, rows), -1), rows, start + 1)
 
     def _run(self, x, rows, filled, where=None):
-        bias = None if where is None else torch.where(torch.arange(filled, device=self.device) <= where, 0., -math.inf).to(self.cache.dtype)[None]
-        for weights, memory in zip(self.weights, self.cache[:, :, :rows]): x = self.layer(x, weights, memory, filled, where, bias)
+        bias = (
+            None
+            if where is None
+            else torch.where(torch.arange(filled, device=self.device) <= where, 0.0, -math.inf).to(
+                self.cache.dtype
+            )[None]
+        )
+        for weights, memory in zip(self.weights, self.cache[:, :, :rows]):
+            x = self.layer(x, weights, memory, filled, where, bias)
         norm, head = self.weights[-1]
-        return _linear(F.rms_norm(x, norm.shape, norm, 1e-5), head)[:rows].to(torch.promote_types(self.cache.dtype, torch.float32))
+        return _linear(F.rms_norm(x, norm.shape, norm, 1e-5), head)[:rows].to(
+            torch.promote_types(self.cache.dtype, torch.float32)
+        )
 
     def _replay(self, x, start):
-        rows, filled = len(x), min(128*(start//128 + 1), self.cache.shape[4])
-        self.x[:rows] = x; self.where.fill_(start)
-        if (rows, filled) not in self.graphs: self.graphs[rows, filled] = _capture(lambda: self._run(self.x[:rows], rows, filled, self.where))
-        graph, logits = self.graphs[rows, filled]; graph.replay(); return logits
+        rows, filled = len(x), min(128 * (start // 128 + 1), self.cache.shape[4])
+        self.x[:rows] = x
+        self.where.fill_(start)
+        if (rows, filled) not in self.graphs:
+            self.graphs[rows, filled] = _capture(
+                lambda: self._run(self.x[:rows], rows, filled, self.where)
+            )
+        graph, logits = self.graphs[rows, filled]
+        graph.replay()
+        return logits
 
 # %% ../nbs/11_ar_generation.ipynb #decoder-for
 def _decoder(model, rows, compile=False):
     "The model's decoder for so many rows; a new one only where the kept one does not fit."
     p, kind = model.positions, model.positions.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else p.dtype
-    if model._decoder is None or model._decoder.kind != (p.device, dtype, compile) or model._decoder.cache.shape[2] < rows:
-        model._decoder = None; model._decoder = _Decoder(model, rows, dtype, compile)
-    model._decoder.load(model, pack=not compile); return model._decoder
+    if (
+        model._decoder is None
+        or model._decoder.kind != (p.device, dtype, compile)
+        or model._decoder.cache.shape[2] < rows
+    ):
+        model._decoder = None
+        model._decoder = _Decoder(model, rows, dtype, compile)
+    model._decoder.load(model, pack=not compile)
+    return model._decoder
 
 # %% ../nbs/11_ar_generation.ipynb #check
 def _check(config, labels, guidance, temperature, top_k, top_p):
     "Refuse sampling options that make no sense."
-    if labels is not None and len(labels) and not 0 <= labels.min() <= labels.max() < config.num_classes:
-        raise InputError(f'labels run from {labels.min()} to {labels.max()}; this generator knows 0 to {config.num_classes - 1}')
-    if guidance != 1 and config.prefix_tokens: raise InputError('guidance needs class labels; with a prefix use guidance 1')
+    if (
+        labels is not None
+        and len(labels)
+        and not 0 <= labels.min() <= labels.max() < config.num_classes
+    ):
+        raise InputError(
+            f"labels run from {labels.min()} to {labels.max()}; this generator knows 0 to {config.num_classes - 1}"
+        )
+    if guidance != 1 and config.prefix_tokens:
+        raise InputError("guidance needs class labels; with a prefix use guidance 1")
     if guidance != 1 and not config.class_dropout:
-        raise InputError('this generator was trained without class dropout and cannot be guided; use guidance 1')
+        raise InputError(
+            "this generator was trained without class dropout and cannot be guided; use guidance 1"
+        )
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise InputError(f'temperature {temperature}, top_k {top_k}, top_p {top_p}: need temperature >= 0, top_k >= 0, 0 < top_p <= 1')
+        raise InputError(
+            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: need temperature >= 0, top_k >= 0, 0 < top_p <= 1"
+        )
+
 
 def _interval(interval, length):
     "The guided tokens as two numbers."
     first, last = interval or (0, length)
     if not 0 <= first <= last <= length:
-        raise InputError(f'guidance_interval {tuple(interval)}: need two token numbers from 0 to {length}, the first not above the second')
+        raise InputError(
+            f"guidance_interval {tuple(interval)}: need two token numbers from 0 to {length}, the first not above the second"
+        )
     return first, last
 
 # %% ../nbs/11_ar_generation.ipynb #write
 @torch.inference_mode()
-def _write(model, decoder, labels, prefix, uniform, guidance, interval, sampling, tick): # sampling: of `choose_tokens`
+def _write(
+    model, decoder, labels, prefix, uniform, guidance, interval, sampling, tick
+):  # sampling: of `choose_tokens`
     "One batch of clips, token by token, (B, L); calls `tick` after each step."
     c, b, tokens, sound, (first, last) = model.config, len(uniform), [], True, interval
     x, guided = model.condition(labels, prefix), guidance != 1 and first < last
-    if guided: x = torch.cat([x, model.condition(torch.full_like(labels, c.num_classes))])
+    if guided:
+        x = torch.cat([x, model.condition(torch.full_like(labels, c.num_classes))])
     start = x.shape[1] - 1
-    if start: model.step(x[:, :-1], 0, decoder.cache[:, :, :b])
+    if start:
+        model.step(x[:, :-1], 0, decoder.cache[:, :, :b])
     x = x[:, -1]
     for i in range(c.num_tokens):
-        if guided and i == last: x, guided = x[:b], False
+        if guided and i == last:
+            x, guided = x[:b], False
         logits = decoder.step(x + model.positions[start + i], start + i)
         if guided:
-            given, none = logits.chunk(2); logits = none + guidance*(given - none) if i >= first else given
+            given, none = logits.chunk(2)
+            logits = none + guidance * (given - none) if i >= first else given
         sound = (logits.amax() < math.inf) & sound
-        tokens.append(choose_tokens(logits, uniform[:, i], *sampling).clamp(max=c.vocab_size - 1)); tick()
-        x = model.tokens(tokens[-1]); x = x.repeat(2, 1) if guided else x
-    if not sound: raise InputError('the generator answers with NaN or infinite logits, from which no token can be drawn; look at its weights and the log of its training')
+        tokens.append(choose_tokens(logits, uniform[:, i], *sampling).clamp(max=c.vocab_size - 1))
+        tick()
+        x = model.tokens(tokens[-1])
+        x = x.repeat(2, 1) if guided else x
+    if not sound:
+        raise InputError(
+            "the generator answers with NaN or infinite logits, from which no token can be drawn; look at its weights and the log of its training"
+        )
     return torch.stack(tokens, 1)
 
 # %% ../nbs/11_ar_generation.ipynb #generate
-def generate_batches(model:'Generator',
-                     labels=None, # (N,) class ids: a list, a tensor or one number
-                     prefix=None, # (N, prefix_tokens) tokens of the frames to continue
-                     batch_size:int=0, # clips drawn at once; 0: all
-                     guidance:float=1., # classifier-free guidance scale s; 1 is none
-                     temperature:float=1., top_k:int=0, top_p:float=1., # of `choose_tokens`
-                     seed:int|list=0, # sample i uses seed + i; or one seed per sample
-                     guidance_interval:tuple|None=None, # guide tokens from the first number up to, not including, the second
-                     compile:bool=False, # torch.compile the step; worth its minute for many clips
-                     progress=lambda it, **_: it # a tqdm-like wrapper; counts tokens
-                    ): # yields numbers of finished clips (b,) and their tokens (b, L)
+def generate_batches(
+    model: "Generator",
+    labels=None,  # (N,) class ids: a list, a tensor or one number
+    prefix=None,  # (N, prefix_tokens) tokens of the frames to continue
+    batch_size: int = 0,  # clips drawn at once; 0: all
+    guidance: float = 1.0,  # classifier-free guidance scale s; 1 is none
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,  # of `choose_tokens`
+    seed: int | list = 0,  # sample i uses seed + i; or one seed per sample
+    guidance_interval: tuple
+    | None = None,  # guide tokens from the first number up to, not including, the second
+    compile: bool = False,  # torch.compile the step; worth its minute for many clips
+    progress=lambda it, **_: it,  # a tqdm-like wrapper; counts tokens
+):  # yields numbers of finished clips (b,) and their tokens (b, L)
     "Write clips token by token, a batch at a time."
     c, device, training = model.config, model.positions.device, model.training
-    labels, prefix = (None if v is None else torch.atleast_1d(torch.as_tensor(v)).long() for v in (labels, prefix))
-    model.check_condition(labels, prefix); _check(c, labels, guidance, temperature, top_k, top_p)
-    n = len(labels if prefix is None else prefix); seeds, size = _seeds(seed, n), min(batch_size or n, n) if device.type == 'cpu' else batch_size or n
-    interval, ticks = _interval(guidance_interval, c.num_tokens), iter(progress(range(n*c.num_tokens), desc='generating', unit='token'))
+    labels, prefix = (
+        None if v is None else torch.atleast_1d(torch.as_tensor(v)).long() for v in (labels, prefix)
+    )
+    model.check_condition(labels, prefix)
+    _check(c, labels, guidance, temperature, top_k, top_p)
+    n = len(labels if prefix is None else prefix)
+    seeds, size = (
+        _seeds(seed, n),
+        min(batch_size or n, n) if device.type == "cpu" else batch_size or n,
+    )
+    interval, ticks = (
+        _interval(guidance_interval, c.num_tokens),
+        iter(progress(range(n * c.num_tokens), desc="generating", unit="token")),
+    )
     for rows in torch.arange(n).split(size):
-        full = rows if device.type == 'cpu' else F.pad(rows, (0, size - len(rows)), value=rows[0])
+        full = rows if device.type == "cpu" else F.pad(rows, (0, size - len(rows)), value=rows[0])
         given = [None if v is None else v[full].to(device) for v in (labels, prefix)]
         uniform = _uniforms([seeds[i] for i in full], len(full), c.num_tokens).to(device)
         try:
-            decoder = _decoder(model.eval(), len(full)*(1 + (guidance != 1)), compile)
+            decoder = _decoder(model.eval(), len(full) * (1 + (guidance != 1)), compile)
             with torch.autocast(device.type, enabled=False):
-                indices = _write(model, decoder, *given, uniform, guidance, interval, (temperature, top_k, top_p), lambda: [next(ticks, None) for _ in rows])
+                indices = _write(
+                    model,
+                    decoder,
+                    *given,
+                    uniform,
+                    guidance,
+                    interval,
+                    (temperature, top_k, top_p),
+                    lambda: [next(ticks, None) for _ in rows],
+                )
         finally:
             model.train(training)
-            if model._decoder and not model._decoder.graphs: model._decoder.weights = [] # packed copies need not outlive the call
-        yield rows, indices[:len(rows)].clone()
+            if model._decoder and not model._decoder.graphs:
+                model._decoder.weights = []  # packed copies need not outlive the call
+        yield rows, indices[: len(rows)].clone()
     next(ticks, None)
 
 # %% ../nbs/11_ar_generation.ipynb #generate-all
-def generate_tokens(model:'Generator', labels=None, prefix=None, guidance:float=1., temperature:float=1., top_k:int=0, top_p:float=1.,
-                    seed:int|list=0, progress=lambda it, **_: it, guidance_interval:tuple|None=None, batch_size:int=0, compile:bool=False
-                   ) -> torch.Tensor: # (N, L) int64
+def generate_tokens(
+    model: "Generator",
+    labels=None,
+    prefix=None,
+    guidance: float = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | list = 0,
+    progress=lambda it, **_: it,
+    guidance_interval: tuple | None = None,
+    batch_size: int = 0,
+    compile: bool = False,
+) -> torch.Tensor:  # (N, L) int64
     "Write clips token by token; the arguments of `generate_batches`, all clips at the end."
-    batches = generate_batches(model, labels, prefix, batch_size, guidance, temperature, top_k, top_p, seed, guidance_interval, compile, progress)
+    batches = generate_batches(
+        model,
+        labels,
+        prefix,
+        batch_size,
+        guidance,
+        temperature,
+        top_k,
+        top_p,
+        seed,
+        guidance_interval,
+        compile,
+        progress,
+    )
     return torch.cat([indices for _, indices in batches])
 
 # %% ../nbs/11_ar_generation.ipynb #generator
-class Generator(NextTokenModel, PyTorchModelHubMixin, library_name='dera', license='apache-2.0'):
+class Generator(NextTokenModel, PyTorchModelHubMixin, library_name="dera", license="apache-2.0"):
     "An autoregressive generator of video tokens."
+
     _decoder = None
 
-    def loss(self, indices:torch.Tensor, # (B, L) int64
-             labels:torch.Tensor|None=None, prefix:torch.Tensor|None=None # as in `condition`
-            ) -> torch.Tensor: # nats per token
+    def loss(
+        self,
+        indices: torch.Tensor,  # (B, L) int64
+        labels: torch.Tensor | None = None,
+        prefix: torch.Tensor | None = None,  # as in `condition`
+    ) -> torch.Tensor:  # nats per token
         return F.cross_entropy(self(indices, labels, prefix).flatten(0, 1), indices.flatten())
 
-    def new_cache(self, batch:int, dtype:torch.dtype|None=None # default: the model's
-                 ) -> torch.Tensor: # (depth, 2, batch, heads, S, dim/heads)
+    def new_cache(
+        self,
+        batch: int,
+        dtype: torch.dtype | None = None,  # default: the model's
+    ) -> torch.Tensor:  # (depth, 2, batch, heads, S, dim/heads)
         "Empty memory for every key and value of a batch of clips."
         c, p = self.config, self.positions
-        return torch.zeros(c.depth, 2, batch, c.heads, len(p), c.dim//c.heads, dtype=dtype or p.dtype, device=p.device)
+        return torch.zeros(
+            c.depth,
+            2,
+            batch,
+            c.heads,
+            len(p),
+            c.dim // c.heads,
+            dtype=dtype or p.dtype,
+            device=p.device,
+        )
 
     @torch.no_grad()
-    def step(self, x:torch.Tensor, # (B, l, D) embeddings of the condition, or of one token
-             start:int, # position of the first
-             cache:torch.Tensor # of `new_cache`, filled up to `start`
-            ) -> torch.Tensor: # (B, V)
+    def step(
+        self,
+        x: torch.Tensor,  # (B, l, D) embeddings of the condition, or of one token
+        start: int,  # position of the first
+        cache: torch.Tensor,  # of `new_cache`, filled up to `start`
+    ) -> torch.Tensor:  # (B, V)
         "Logits of the next token; extends the cache."
-        x = x + self.positions[start:start + x.shape[1]]
-        for block, memory in zip(self.blocks, cache): x = block(x, memory, start)
+        x = x + self.positions[start : start + x.shape[1]]
+        for block, memory in zip(self.blocks, cache):
+            x = block(x, memory, start)
         return self.head(self.norm(x[:, -1]))
 
     generate, generate_batches = generate_tokens, generate_batches
 
     @classmethod
-    def _from_pretrained(cls, *, strict=True, **options): return super()._from_pretrained(strict=strict, **options)
+    def _from_pretrained(cls, *, strict=True, **options):
+        return super()._from_pretrained(strict=strict, **options)
 
 # %% ../nbs/11_ar_generation.ipynb #frame-prefix
 @torch.no_grad()
-def frame_prefix(tokenizer, # `.encode(video).indices` (B, L)
-                 frames:torch.Tensor, # (B, 3, t, H, W) in [0, 1], the known frames: any number up to a clip's
-                 num_frames:int|None=None # of a clip; default: what the tokenizer's config says
-                ) -> torch.Tensor: # (B, L) int64
+def frame_prefix(
+    tokenizer,  # `.encode(video).indices` (B, L)
+    frames: torch.Tensor,  # (B, 3, t, H, W) in [0, 1], the known frames: any number up to a clip's
+    num_frames: int | None = None,  # of a clip; default: what the tokenizer's config says
+) -> torch.Tensor:  # (B, L) int64
     "Tokens of known frames, the last one repeated until the clip is full."
     known, full = frames.shape[2], num_frames or tokenizer.config.num_frames
-    if not 1 <= known <= full: raise InputError(f'{known} known frames; this tokenizer takes clips of {full}, so give 1 to {full}')
+    if not 1 <= known <= full:
+        raise InputError(
+            f"{known} known frames; this tokenizer takes clips of {full}, so give 1 to {full}"
+        )
     return tokenizer.encode(frames[:, :, torch.arange(full).clamp(max=known - 1)]).indices

@@ -8,127 +8,202 @@ __all__ = ['VideoInfo', 'probe', 'frame_indices', 'read_clip', 'read_chunks', 'f
            'prepare']
 
 # %% ../nbs/02_video_data.ipynb #imports
-import bisect, contextlib, re
+import bisect
+import contextlib
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np, torch, torch.nn.functional as F
+import numpy as np
+import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
-from .utils import InputError
+
+from .runtime.errors import InputError
 
 # %% ../nbs/02_video_data.ipynb #info
 @dataclass(frozen=True)
 class VideoInfo:
     "What a video file holds."
-    num_frames: int # packets whose picture is shown
-    height: int     # pixels, upright
+
+    num_frames: int  # packets whose picture is shown
+    height: int  # pixels, upright
     width: int
-    fps: float      # frames per second on average, 0 where the file does not say
-    bits: int       # per colour value, 8 for nearly all
+    fps: float  # frames per second on average, 0 where the file does not say
+    bits: int  # per colour value, 8 for nearly all
 
 # %% ../nbs/02_video_data.ipynb #check
 def _refuse(path, cause):
     name = str(path) if str(path).isprintable() else repr(str(path))
-    raise InputError(f'cannot read {name}: {cause}')
+    raise InputError(f"cannot read {name}: {cause}")
 
-def _cause(error): return str(getattr(error, 'strerror', None) or error or type(error).__name__).splitlines()[0]
+
+def _cause(error):
+    return str(getattr(error, "strerror", None) or error or type(error).__name__).splitlines()[0]
+
 
 def _check_file(path):
     "Refuse what needs no decoder to be refused."
     try:
-        if not path.exists(): _refuse(path, 'there is no such file; check the path')
-        if path.is_dir(): _refuse(path, 'it is a folder; name a video file in it')
-        if not path.is_file(): _refuse(path, 'it is a pipe or a device; name a video file')
-        if not path.stat().st_size: _refuse(path, 'it is empty (0 bytes); fetch it again')
-        path.open('rb').close()
-    except OSError as e: _refuse(path, f'{_cause(e)}; check its permissions')
+        if not path.exists():
+            _refuse(path, "there is no such file; check the path")
+        if path.is_dir():
+            _refuse(path, "it is a folder; name a video file in it")
+        if not path.is_file():
+            _refuse(path, "it is a pipe or a device; name a video file")
+        if not path.stat().st_size:
+            _refuse(path, "it is empty (0 bytes); fetch it again")
+        path.open("rb").close()
+    except OSError as e:
+        _refuse(path, f"{_cause(e)}; check its permissions")
 
 # %% ../nbs/02_video_data.ipynb #opened
 @contextlib.contextmanager
 def _opened(path):
     "A file and its pictures, to be decoded in one thread; refuse what holds none."
     import av
-    path = Path(path); _check_file(path)
-    name = str(path) if path.is_absolute() else f'./{path}' # or 12:30.mp4 would be an address
-    try: file = av.open(name, options=dict(protocol_whitelist='file')) # a playlist opens no connection
-    except Exception as e: _refuse(path, f'it is not a video, or a damaged one ({_cause(e)}); fetch or convert it again')
+
+    path = Path(path)
+    _check_file(path)
+    name = str(path) if path.is_absolute() else f"./{path}"  # or 12:30.mp4 would be an address
+    try:
+        file = av.open(
+            name, options=dict(protocol_whitelist="file")
+        )  # a playlist opens no connection
+    except Exception as e:
+        _refuse(
+            path, f"it is not a video, or a damaged one ({_cause(e)}); fetch or convert it again"
+        )
     with file:
-        stream = file.streams.best('video')
-        if file.format.name in ('tty', 'concat'): _refuse(path, 'it is not a video but a text; name a video')
-        if stream is None or int(getattr(stream, 'disposition', 0)) & 0x400: # the picture on the cover of a song
-            _refuse(path, 'it holds no pictures (sound or text only); name a video')
-        if stream.codec_context is None: _refuse(path, 'its codec is unknown; convert it, for example to H.264')
-        if stream.width*stream.height > 2**26: _refuse(path, f'it claims pictures of {stream.width} x {stream.height}; fetch it again')
+        stream = file.streams.best("video")
+        if file.format.name in ("tty", "concat"):
+            _refuse(path, "it is not a video but a text; name a video")
+        if (
+            stream is None or int(getattr(stream, "disposition", 0)) & 0x400
+        ):  # the picture on the cover of a song
+            _refuse(path, "it holds no pictures (sound or text only); name a video")
+        if stream.codec_context is None:
+            _refuse(path, "its codec is unknown; convert it, for example to H.264")
+        if stream.width * stream.height > 2**26:
+            _refuse(path, f"it claims pictures of {stream.width} x {stream.height}; fetch it again")
         stream.codec_context.thread_count = 1
         yield file, stream
 
 # %% ../nbs/02_video_data.ipynb #upright
 def _matrix(frame):
     "The signs (a, b, c, d) of x' = ax + cy, y' = bx + dy, from the axes as stored to the axes as shown."
-    side = frame.side_data.get('DISPLAYMATRIX') if getattr(frame, 'rotation', True) else None # PyAV 18 leaks a little here
-    a, b, _, c, d = np.frombuffer(side, '<i4')[:5].tolist() if side else (1, 0, 0, 0, 1)
+    side = (
+        frame.side_data.get("DISPLAYMATRIX") if getattr(frame, "rotation", True) else None
+    )  # PyAV 18 leaks a little here
+    a, b, _, c, d = np.frombuffer(side, "<i4")[:5].tolist() if side else (1, 0, 0, 0, 1)
     straight = a == 0 == d or b == 0 == c
     return tuple((v > 0) - (v < 0) for v in (a, b, c, d)) if straight else (1, 0, 0, 1)
+
 
 def _upright(picture, matrix):
     "Turn and mirror a picture (H, W, 3)."
     a, b, c, d = matrix
-    if a == 0: picture, a, d = picture.transpose(1, 0, 2), c, b
-    return np.ascontiguousarray(picture[::-1 if d < 0 else 1, ::-1 if a < 0 else 1])
+    if a == 0:
+        picture, a, d = picture.transpose(1, 0, 2), c, b
+    return np.ascontiguousarray(picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 # %% ../nbs/02_video_data.ipynb #index
 @dataclass(frozen=True)
 class _Index:
     "The packets of a file in the order of the file, and its frames in the order in which they are shown."
-    packets: list # the time of every packet
-    times: list   # of the frames that are shown, sorted; empty where the file does not tell
-    keys: list    # the frames that a decoder can start from
+
+    packets: list  # the time of every packet
+    times: list  # of the frames that are shown, sorted; empty where the file does not tell
+    keys: list  # the frames that a decoder can start from
+
 
 def _entry(packet, codec):
     "(time, key, shown) of a packet, without a time where it may hold no picture at all."
-    hidden = packet.is_discard or codec == 'vp8' and not memoryview(packet)[0] & 16 # cut away, or for prediction only
-    return None if codec == 'mpeg4' and packet.size < 20 else packet.pts, packet.is_keyframe, not hidden
+    hidden = (
+        packet.is_discard or codec == "vp8" and not memoryview(packet)[0] & 16
+    )  # cut away, or for prediction only
+    return (
+        None if codec == "mpeg4" and packet.size < 20 else packet.pts,
+        packet.is_keyframe,
+        not hidden,
+    )
+
 
 def _index(packets):
     "Index (time, key, shown) of every packet; no times where these do not tell which frame is which."
     order = [t for t, *_ in packets]
-    if None in order or len(set(order)) < len(order): return _Index(order, [], [])
-    times, starts = sorted(t for t, _, shown in packets if shown), {t for t, key, _ in packets if key}
+    if None in order or len(set(order)) < len(order):
+        return _Index(order, [], [])
+    times, starts = (
+        sorted(t for t, _, shown in packets if shown),
+        {t for t, key, _ in packets if key},
+    )
     keys = [i for i, t in enumerate(times) if t in starts]
-    return _Index(order, times, keys) if keys[:1] == [0] or len(times) < len(order) else _Index(order, [], [])
+    return (
+        _Index(order, times, keys)
+        if keys[:1] == [0] or len(times) < len(order)
+        else _Index(order, [], [])
+    )
 
 # %% ../nbs/02_video_data.ipynb #survey
 def _promised(file, stream):
     "How many seconds of pictures the header promises, 0 where it does not say."
-    tag = re.fullmatch(r'(\d+):(\d+):([\d.]+)', stream.metadata.get('DURATION', '')) # as Matroska files have it
-    if tag: return 3600*int(tag[1]) + 60*int(tag[2]) + float(tag[3])
-    return float((stream.duration or 0)*stream.time_base) or (file.duration or 0)/1e6*(len(file.streams) == 1)
+    tag = re.fullmatch(
+        r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")
+    )  # as Matroska files have it
+    if tag:
+        return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3])
+    return float((stream.duration or 0) * stream.time_base) or (file.duration or 0) / 1e6 * (
+        len(file.streams) == 1
+    )
+
 
 def _survey(path, file, stream, look=False):
     "Walk through the packets: the index, the number of frames and, if asked to `look`, the first frame."
     packets, end, corrupt, first = [], 0, False, None
     try:
         for p in file.demux(stream):
-            if p.size: packets.append(_entry(p, stream.codec_context.name)); corrupt |= p.is_corrupt
-            if p.pts is not None: end = max(end, p.pts + (p.duration or 0))
-            if look and first is None: first = next(iter(p.decode()), None)
-        n, end, promised = sum(shown for *_, shown in packets), float(end*stream.time_base), _promised(file, stream)
-    except Exception as e: _refuse(path, f'it is damaged ({_cause(e)}); fetch or convert it again')
-    if not n or look and first is None: _refuse(path, 'it holds no frame that can be decoded; fetch it again')
-    if corrupt or len(packets) < .9*stream.frames or not stream.frames and end + 1/(stream.average_rate or 1) < .9*promised:
-        wanted = f'{stream.frames} frames' if stream.frames else f'{promised:.1f} seconds'
-        _refuse(path, f'it is cut short or damaged, with {n} frames up to second {end:.1f} instead of {wanted}; fetch it again')
+            if p.size:
+                packets.append(_entry(p, stream.codec_context.name))
+                corrupt |= p.is_corrupt
+            if p.pts is not None:
+                end = max(end, p.pts + (p.duration or 0))
+            if look and first is None:
+                first = next(iter(p.decode()), None)
+        n, end, promised = (
+            sum(shown for *_, shown in packets),
+            float(end * stream.time_base),
+            _promised(file, stream),
+        )
+    except Exception as e:
+        _refuse(path, f"it is damaged ({_cause(e)}); fetch or convert it again")
+    if not n or look and first is None:
+        _refuse(path, "it holds no frame that can be decoded; fetch it again")
+    if (
+        corrupt
+        or len(packets) < 0.9 * stream.frames
+        or not stream.frames
+        and end + 1 / (stream.average_rate or 1) < 0.9 * promised
+    ):
+        wanted = f"{stream.frames} frames" if stream.frames else f"{promised:.1f} seconds"
+        _refuse(
+            path,
+            f"it is cut short or damaged, with {n} frames up to second {end:.1f} instead of {wanted}; fetch it again",
+        )
     return _index(packets), n, first
 
 # %% ../nbs/02_video_data.ipynb #probe-file
-def probe(path:str|Path # a video file
-         ) -> VideoInfo:
+def probe(
+    path: str | Path,  # a video file
+) -> VideoInfo:
     "Count a file's frames from its packets and look at the first of them; refuse what is no video."
     with _opened(path) as (file, stream):
         _, n, frame = _survey(path, file, stream, look=True)
-        height, width = (frame.height, frame.width)[::-1 if _matrix(frame)[0] == 0 else 1]
-        return VideoInfo(n, height, width, float(stream.average_rate or 0), frame.format.components[0].bits)
+        height, width = (frame.height, frame.width)[:: -1 if _matrix(frame)[0] == 0 else 1]
+        return VideoInfo(
+            n, height, width, float(stream.average_rate or 0), frame.format.components[0].bits
+        )
 
 # %% ../nbs/02_video_data.ipynb #hash
 def _hash(*numbers):
@@ -137,45 +212,62 @@ def _hash(*numbers):
     return [int(n) for n in np.random.SeedSequence(words).generate_state(2, np.uint64)]
 
 # %% ../nbs/02_video_data.ipynb #sampling
-def frame_indices(available:int, # frames in the file, n
-                  num_frames:int, # frames in a clip, T
-                  sampling:str='native', # `native`, `uniform` or `all`
-                  seed:int|None=None # draws the start of `native`; None: the centred window
-                 ) -> np.ndarray: # (clips, T) int64; one clip unless `all`
+def frame_indices(
+    available: int,  # frames in the file, n
+    num_frames: int,  # frames in a clip, T
+    sampling: str = "native",  # `native`, `uniform` or `all`
+    seed: int | None = None,  # draws the start of `native`; None: the centred window
+) -> np.ndarray:  # (clips, T) int64; one clip unless `all`
     "Which frames make a clip; where the file is too short its last frame repeats."
-    if min(available, num_frames) < 1: raise InputError(f'{available} frames in the file and num_frames {num_frames} for a clip; both must be at least 1')
-    n, T = available, num_frames; i = np.arange(T)[None]
-    if sampling not in ('native', 'uniform', 'all'):
-        raise InputError(f'unknown sampling {sampling!r}; choose native, uniform or all')
-    if n < T: return np.minimum(i, n - 1)
-    if sampling == 'native': return i + ((n - T)//2 if seed is None else _hash(seed)[0] % (n - T + 1))
-    if sampling == 'uniform': return (2*i*(n - 1) + T - 1)//max(2*(T - 1), 1)
-    return i + T*np.arange(n//T)[:, None]
+    if min(available, num_frames) < 1:
+        raise InputError(
+            f"{available} frames in the file and num_frames {num_frames} for a clip; both must be at least 1"
+        )
+    n, T = available, num_frames
+    i = np.arange(T)[None]
+    if sampling not in ("native", "uniform", "all"):
+        raise InputError(f"unknown sampling {sampling!r}; choose native, uniform or all")
+    if n < T:
+        return np.minimum(i, n - 1)
+    if sampling == "native":
+        return i + ((n - T) // 2 if seed is None else _hash(seed)[0] % (n - T + 1))
+    if sampling == "uniform":
+        return (2 * i * (n - 1) + T - 1) // max(2 * (T - 1), 1)
+    return i + T * np.arange(n // T)[:, None]
 
 # %% ../nbs/02_video_data.ipynb #jump
 def _from_key(file, stream, index, key):
     "(number, frame) from a key frame on; an error where packets or frames are not those of the index."
     start, number, at = index.times[key], key, None
     file.seek(start, stream=stream)
-    with contextlib.closing(file.demux(stream)) as packets: # PyAV leaks a packet when it is not closed
+    with contextlib.closing(
+        file.demux(stream)
+    ) as packets:  # PyAV leaks a packet when it is not closed
         for packet in packets:
             if packet.size:
-                if at is None: at = index.packets.index(packet.pts)
-                if packet.pts != index.packets[at]: raise ValueError('other packets than before')
+                if at is None:
+                    at = index.packets.index(packet.pts)
+                if packet.pts != index.packets[at]:
+                    raise ValueError("other packets than before")
                 at += 1
             for frame in packet.decode():
-                if number == key and frame.pts is not None and frame.pts < start: continue # shown before the key frame
-                if frame.is_corrupt or frame.pts != index.times[number]: raise ValueError('other frames than promised')
+                if number == key and frame.pts is not None and frame.pts < start:
+                    continue  # shown before the key frame
+                if frame.is_corrupt or frame.pts != index.times[number]:
+                    raise ValueError("other frames than promised")
                 yield number, frame
                 number += 1
+
 
 def _jumping(file, stream, index, wanted):
     "Yield the wanted frames, jumping to the key frame before them where that saves decoding."
     at, frames = -9, None
     for number in wanted:
         key = index.keys[bisect.bisect(index.keys, number) - 1]
-        if key > number: raise ValueError('no key frame before it')
-        if key > at + 8 or frames is None: frames = _from_key(file, stream, index, key)
+        if key > number:
+            raise ValueError("no key frame before it")
+        if key > at + 8 or frames is None:
+            frames = _from_key(file, stream, index, key)
         at, frame = next((i, f) for i, f in frames if i == number)
         yield frame
 
@@ -185,205 +277,331 @@ def _from_start(file, stream, wanted):
     at, left = -1, set(wanted)
     with contextlib.closing(file.demux(stream)) as packets:
         for at, frame in enumerate(f for p in packets for f in p.decode()):
-            if frame.is_corrupt: raise ValueError(f'frame {at} is damaged')
-            if at in left: left.remove(at); yield frame
-            if not left: return
-    if at < 0: raise ValueError('not one frame can be decoded')
-    for _ in left: yield frame
+            if frame.is_corrupt:
+                raise ValueError(f"frame {at} is damaged")
+            if at in left:
+                left.remove(at)
+                yield frame
+            if not left:
+                return
+    if at < 0:
+        raise ValueError("not one frame can be decoded")
+    for _ in left:
+        yield frame
+
 
 def _pictures(frames):
     "Convert frames to RGB, (H, W, 3) uint8, upright."
     import av
-    alone = dict(threads=1) if int(av.__version__.split('.')[0]) >= 17 else {} # older ones always convert in one thread
+
+    alone = (
+        dict(threads=1) if int(av.__version__.split(".")[0]) >= 17 else {}
+    )  # older ones always convert in one thread
     converter, matrix = av.video.reformatter.VideoReformatter(), None
     for frame in frames:
         matrix = matrix or _matrix(frame)
-        yield _upright(converter.reformat(frame, format='rgb24', **alone).to_ndarray(), matrix)
+        yield _upright(converter.reformat(frame, format="rgb24", **alone).to_ndarray(), matrix)
+
 
 def _frames_pyav(path, wanted):
     "Yield the wanted frames of a file, decoded from the start."
-    with _opened(path) as (file, stream): yield from _pictures(_from_start(file, stream, wanted))
+    with _opened(path) as (file, stream):
+        yield from _pictures(_from_start(file, stream, wanted))
 
 # %% ../nbs/02_video_data.ipynb #decode-decord
 def _suits_decord(file, first):
     "Whether decord is known to give the frames and colours that PyAV gives."
-    return (file.format.name.split(',')[0] in ('mov', 'matroska', 'avi') and first.format.name in ('yuv420p', 'yuvj420p')
-            and first.height % 2 == first.width % 2 == 0 and not first.interlaced_frame and _matrix(first) == (1, 0, 0, 1))
+    return (
+        file.format.name.split(",")[0] in ("mov", "matroska", "avi")
+        and first.format.name in ("yuv420p", "yuvj420p")
+        and first.height % 2 == first.width % 2 == 0
+        and not first.interlaced_frame
+        and _matrix(first) == (1, 0, 0, 1)
+    )
+
 
 def _frames_decord(path, n, shape, wanted):
     "Yield the wanted ones of n frames, RGB (H, W, 3) uint8, decoded from the start."
     import decord
+
     decord.logging.set_level(decord.logging.QUIET)
-    reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1) # no frames made up
-    if len(reader) != n: raise ValueError(f'{len(reader)} frames instead of {n}')
+    reader = decord.VideoReader(
+        str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1
+    )  # no frames made up
+    if len(reader) != n:
+        raise ValueError(f"{len(reader)} frames instead of {n}")
     left = set(wanted)
     for i in range(wanted[-1] + 1):
         picture = reader.next()
-        if picture.shape != shape: raise ValueError(f'a picture of shape {picture.shape}')
-        if i in left: yield picture.asnumpy()
+        if picture.shape != shape:
+            raise ValueError(f"a picture of shape {picture.shape}")
+        if i in left:
+            yield picture.asnumpy()
 
 # %% ../nbs/02_video_data.ipynb #fit
 def _fit(frame, size):
     "Short side to size with antialias, then the centre: (H, W, 3) uint8 -> (3, size, size) uint8."
-    x = torch.from_numpy(frame).permute(2, 0, 1)[None]; h, w = x.shape[-2:]; short = min(h, w)
-    h, w = max(size, round(h*size/short)), max(size, round(w*size/short))
-    if (h, w) != x.shape[-2:]: x = F.interpolate(x, (h, w), mode='bilinear', antialias=True)
-    top, left = (h - size)//2, (w - size)//2
-    return x[0, :, top:top + size, left:left + size]
+    x = torch.from_numpy(frame).permute(2, 0, 1)[None]
+    h, w = x.shape[-2:]
+    short = min(h, w)
+    h, w = max(size, round(h * size / short)), max(size, round(w * size / short))
+    if (h, w) != x.shape[-2:]:
+        x = F.interpolate(x, (h, w), mode="bilinear", antialias=True)
+    top, left = (h - size) // 2, (w - size) // 2
+    return x[0, :, top : top + size, left : left + size]
 
 # %% ../nbs/02_video_data.ipynb #load
 def _load(path, size, indices, backend=None):
     "Frames `indices(number of frames)` of a file at size x size, (T, 3, size, size) uint8."
-    if size < 1: raise InputError(f'size is {size}; a clip needs at least 1 pixel')
-    if backend not in (None, 'decord', 'pyav'): raise InputError(f'unknown backend {backend!r}; choose decord or pyav')
-    if backend == 'decord' and not find_spec('decord'): raise InputError('decord is not installed; leave the choice of backend open')
-    def fit(frames): return torch.stack([_fit(f, size) for f in frames])[back.ravel()]
-    with _opened(path) as (file, stream):
-        index, n, first = _survey(path, file, stream, look=backend == 'decord')
-        wanted, back = np.unique(indices(n), return_inverse=True); wanted = wanted.tolist()
-        if backend == 'decord' and _suits_decord(file, first):
-            with contextlib.suppress(Exception): return fit(_frames_decord(path, n, (first.height, first.width, 3), wanted))
-        with contextlib.suppress(Exception): return fit(_pictures(_jumping(file, stream, index, wanted)))
-    try: return fit(_frames_pyav(path, wanted))
-    except InputError: raise
-    except Exception as e: _refuse(path, f'it cannot be decoded ({_cause(e)}); fetch or convert it again')
+    if size < 1:
+        raise InputError(f"size is {size}; a clip needs at least 1 pixel")
+    if backend not in (None, "decord", "pyav"):
+        raise InputError(f"unknown backend {backend!r}; choose decord or pyav")
+    if backend == "decord" and not find_spec("decord"):
+        raise InputError("decord is not installed; leave the choice of backend open")
 
-def _to_float(frames): return frames.transpose(-4, -3).contiguous()/255 # (..., T, 3, H, W) -> (..., 3, T, H, W)
+    def fit(frames):
+        return torch.stack([_fit(f, size) for f in frames])[back.ravel()]
+
+    with _opened(path) as (file, stream):
+        index, n, first = _survey(path, file, stream, look=backend == "decord")
+        wanted, back = np.unique(indices(n), return_inverse=True)
+        wanted = wanted.tolist()
+        if backend == "decord" and _suits_decord(file, first):
+            with contextlib.suppress(Exception):
+                return fit(_frames_decord(path, n, (first.height, first.width, 3), wanted))
+        with contextlib.suppress(Exception):
+            return fit(_pictures(_jumping(file, stream, index, wanted)))
+    try:
+        return fit(_frames_pyav(path, wanted))
+    except InputError:
+        raise
+    except Exception as e:
+        _refuse(path, f"it cannot be decoded ({_cause(e)}); fetch or convert it again")
+
+
+def _to_float(frames):
+    return frames.transpose(-4, -3).contiguous() / 255  # (..., T, 3, H, W) -> (..., 3, T, H, W)
 
 # %% ../nbs/02_video_data.ipynb #read
-def read_clip(path:str|Path, # a video file
-              num_frames:int, # T
-              size:int, # height and width in pixels
-              sampling:str='native', # `native` or `uniform`; for `all` see `read_chunks`
-              seed:int|None=None, # draws the start of `native`; None: the centred window
-              backend:str|None=None # `pyav` (None means this too), or `decord` for the files that it reads exactly
-             ) -> torch.Tensor: # (3, T, size, size) in [0, 1]
+def read_clip(
+    path: str | Path,  # a video file
+    num_frames: int,  # T
+    size: int,  # height and width in pixels
+    sampling: str = "native",  # `native` or `uniform`; for `all` see `read_chunks`
+    seed: int | None = None,  # draws the start of `native`; None: the centred window
+    backend: str
+    | None = None,  # `pyav` (None means this too), or `decord` for the files that it reads exactly
+) -> torch.Tensor:  # (3, T, size, size) in [0, 1]
     "Read one clip of a file; a file that is too short repeats its last frame."
-    if sampling == 'all': raise InputError('sampling all gives many clips a file; call read_chunks')
-    return _to_float(_load(path, size, lambda n: frame_indices(n, num_frames, sampling, seed)[0], backend))
+    if sampling == "all":
+        raise InputError("sampling all gives many clips a file; call read_chunks")
+    return _to_float(
+        _load(path, size, lambda n: frame_indices(n, num_frames, sampling, seed)[0], backend)
+    )
 
 # %% ../nbs/02_video_data.ipynb #read-chunks
-def read_chunks(path:str|Path, # a video file
-                num_frames:int, # T
-                size:int, # height and width in pixels
-                backend:str|None=None # as in `read_clip`
-               ) -> torch.Tensor: # (clips, 3, T, size, size) in [0, 1]
+def read_chunks(
+    path: str | Path,  # a video file
+    num_frames: int,  # T
+    size: int,  # height and width in pixels
+    backend: str | None = None,  # as in `read_clip`
+) -> torch.Tensor:  # (clips, 3, T, size, size) in [0, 1]
     "Read a file as chunks that do not overlap (sampling `all`)."
-    frames = _load(path, size, lambda n: frame_indices(n, num_frames, 'all').ravel(), backend)
+    frames = _load(path, size, lambda n: frame_indices(n, num_frames, "all").ravel(), backend)
     return _to_float(frames.unflatten(0, (-1, num_frames)))
 
 # %% ../nbs/02_video_data.ipynb #imports-manifest
-import csv, errno, hashlib, itertools, json, logging, math, multiprocessing, os, shutil, signal, sys
+import csv
+import errno
+import hashlib
+import itertools
+import json
+import logging
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
 from collections import Counter, defaultdict
 from fractions import Fraction
 from functools import partial
 from multiprocessing.connection import wait
 from typing import NamedTuple
 
-from .utils import write_atomic
+from .runtime.run_folder import write_atomic
 
 # %% ../nbs/02_video_data.ipynb #folder
-_ENDINGS = '.avi .mp4 .mkv .webm .mov .m4v .mpg .mpeg .wmv .flv'.split()
+_ENDINGS = [".avi", ".mp4", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv"]
+
 
 def _video_files(root, some=True):
     "Videos in a folder and in the folders of it, sorted by name; with `some`, none is an error."
-    if not root.is_dir(): raise InputError(f'there is no folder {root}; check the path of the data')
-    look = lambda folder: [e for e in os.scandir(folder) if not e.name.startswith('.')]
-    try: entries = look(root); entries += [e for folder in entries if folder.is_dir() for e in look(folder.path)]
-    except OSError as e: raise InputError(f'cannot list {e.filename} ({_cause(e)}); check its permissions') from None
-    files = [Path(p) for p in sorted((e.path for e in entries if os.path.splitext(e.name)[1].lower() in _ENDINGS), key=lambda p: p.split(os.sep))]
-    if some and not files: raise InputError(f'no videos in {root}; expected {root}/<class>/<video> ending in {" ".join(_ENDINGS)}')
+    if not root.is_dir():
+        raise InputError(f"there is no folder {root}; check the path of the data")
+    look = lambda folder: [e for e in os.scandir(folder) if not e.name.startswith(".")]
+    try:
+        entries = look(root)
+        entries += [e for folder in entries if folder.is_dir() for e in look(folder.path)]
+    except OSError as e:
+        raise InputError(f"cannot list {e.filename} ({_cause(e)}); check its permissions") from None
+    files = [
+        Path(p)
+        for p in sorted(
+            (e.path for e in entries if os.path.splitext(e.name)[1].lower() in _ENDINGS),
+            key=lambda p: p.split(os.sep),
+        )
+    ]
+    if some and not files:
+        raise InputError(
+            f"no videos in {root}; expected {root}/<class>/<video> ending in {' '.join(_ENDINGS)}"
+        )
     return files
 
-def folder_manifest(root:str|Path # holds <class>/<video> or videos
-                   ) -> tuple[list,list]: # [(path, label), ...] and the class names
+
+def folder_manifest(
+    root: str | Path,  # holds <class>/<video> or videos
+) -> tuple[list, list]:  # [(path, label), ...] and the class names
     "List a folder of videos; the class of a video is the folder it lies in."
-    files = _video_files(Path(root)); classes = sorted({p.parent.name for p in files})
+    files = _video_files(Path(root))
+    classes = sorted({p.parent.name for p in files})
     label = {name: i for i, name in enumerate(classes)}
     return [(str(p), label[p.parent.name]) for p in files], classes
 
 # %% ../nbs/02_video_data.ipynb #ucf101-lists
 def _ucf101_lists(root):
     "The folder of videos and the folder of split files (None if there is none)."
-    videos = root/'UCF-101' if (root/'UCF-101').is_dir() else root
-    places = [root, root.parent] if root.name == 'UCF-101' else [root]
-    return videos, next((p/'ucfTrainTestlist' for p in places if (p/'ucfTrainTestlist').is_dir()), None)
+    videos = root / "UCF-101" if (root / "UCF-101").is_dir() else root
+    places = [root, root.parent] if root.name == "UCF-101" else [root]
+    return videos, next(
+        (p / "ucfTrainTestlist" for p in places if (p / "ucfTrainTestlist").is_dir()), None
+    )
+
 
 def _lines(file):
-    if not file.is_file(): raise InputError(f'there is no {file}; complete ucfTrainTestlist (split_id is 1, 2 or 3)')
+    if not file.is_file():
+        raise InputError(f"there is no {file}; complete ucfTrainTestlist (split_id is 1, 2 or 3)")
     lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
-    if not lines: raise InputError(f'{file} lists nothing; choose another split or write it again')
+    if not lines:
+        raise InputError(f"{file} lists nothing; choose another split or write it again")
     return lines
 
-def _ucf101_classes(lists): return [line.split(maxsplit=1)[-1] for line in _lines(lists/'classInd.txt')]
-def _ucf101_names(file): return [re.sub(r'\s+\d+$', '', line) for line in _lines(file)]
+
+def _ucf101_classes(lists):
+    return [line.split(maxsplit=1)[-1] for line in _lines(lists / "classInd.txt")]
+
+
+def _ucf101_names(file):
+    return [re.sub(r"\s+\d+$", "", line) for line in _lines(file)]
 
 # %% ../nbs/02_video_data.ipynb #ucf101-find
 def _find(names, files):
     "The file of every <class>/<name>: as written, else in other case, else with another ending; None if there is none."
-    keys = {f'{p.parent.name}/{p.name}': p for p in files}
-    folded = {k.lower(): p for k, p in keys.items()}; bare = {k.rpartition('.')[0]: p for k, p in folded.items()}
-    return [keys.get(n) or folded.get(n.lower()) or bare.get(n.lower().rpartition('.')[0]) for n in names]
+    keys = {f"{p.parent.name}/{p.name}": p for p in files}
+    folded = {k.lower(): p for k, p in keys.items()}
+    bare = {k.rpartition(".")[0]: p for k, p in folded.items()}
+    return [
+        keys.get(n) or folded.get(n.lower()) or bare.get(n.lower().rpartition(".")[0])
+        for n in names
+    ]
 
 # %% ../nbs/02_video_data.ipynb #ucf101
-def ucf101_manifest(root:str|Path, # holds the class folders, or UCF-101/ and ucfTrainTestlist/
-                    split:str|None=None, # `train`, `test` or None for every video
-                    split_id:int=1 # 1, 2 or 3
-                   ) -> tuple[list,list]: # [(path, label), ...] and the class names
+def ucf101_manifest(
+    root: str | Path,  # holds the class folders, or UCF-101/ and ucfTrainTestlist/
+    split: str | None = None,  # `train`, `test` or None for every video
+    split_id: int = 1,  # 1, 2 or 3
+) -> tuple[list, list]:  # [(path, label), ...] and the class names
     "List the videos of a split in UCF-101's layout; without split files, every video by folder."
-    if split not in (None, 'train', 'test'): raise InputError(f'unknown split {split!r}; choose train or test, or leave it out')
-    videos, lists = _ucf101_lists(Path(root)); files = _video_files(videos)
+    if split not in (None, "train", "test"):
+        raise InputError(f"unknown split {split!r}; choose train or test, or leave it out")
+    videos, lists = _ucf101_lists(Path(root))
+    files = _video_files(videos)
     if lists is None:
-        if split: raise InputError(f'no ucfTrainTestlist in {root}; add the split files or leave the split out')
+        if split:
+            raise InputError(
+                f"no ucfTrainTestlist in {root}; add the split files or leave the split out"
+            )
         return folder_manifest(videos)
     classes = _ucf101_classes(lists)
     if split:
-        source = lists/f'{split}list{split_id:02d}.txt'; names = _ucf101_names(source); files = _find(names, files)
-        missing = [n for n, p in zip(names, files) if p is None]; more = f' and {len(missing) - 1} more' if len(missing) > 1 else ''
-        if missing: raise InputError(f'{source} names {missing[0]}{more}, not found on disk; complete the videos or shorten the list')
+        source = lists / f"{split}list{split_id:02d}.txt"
+        names = _ucf101_names(source)
+        files = _find(names, files)
+        missing = [n for n, p in zip(names, files) if p is None]
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        if missing:
+            raise InputError(
+                f"{source} names {missing[0]}{more}, not found on disk; complete the videos or shorten the list"
+            )
     label = {name.lower(): i for i, name in enumerate(classes)}
     unknown = [p for p in files if p.parent.name.lower() not in label]
-    if unknown: raise InputError(f'{unknown[0]} is of no class in {lists/"classInd.txt"}; add its class or move it away')
+    if unknown:
+        raise InputError(
+            f"{unknown[0]} is of no class in {lists / 'classInd.txt'}; add its class or move it away"
+        )
     return [(str(p), label[p.parent.name.lower()]) for p in files], classes
 
 # %% ../nbs/02_video_data.ipynb #rows
 class _Row(NamedTuple):
     "A video that a data set lists."
-    split: str|None # '' without splits; None: on disk, but in no list
-    path: str       # where it is, or should be
-    label: int      # -1: not known
-    found: bool
-    video: str = '' # what the clip was cut from, '' where the name does not say
 
-_SPLITS = dict(train='train', val='val', validate='val', validation='val', test='test')
+    split: str | None  # '' without splits; None: on disk, but in no list
+    path: str  # where it is, or should be
+    label: int  # -1: not known
+    found: bool
+    video: str = ""  # what the clip was cut from, '' where the name does not say
+
+
+_SPLITS = dict(train="train", val="val", validate="val", validation="val", test="test")
+
 
 def _video_of(path):
     "The video that a clip was cut from, by the way in which Kinetics and UCF-101 name files."
-    name = Path(path).stem; ucf = re.fullmatch(r'(v_.+_g\d+)_c\d+', name)
-    found = re.fullmatch(r'(.+)_\d{6}_\d{6}', name)
-    return found[1] if found else ucf[1].lower() if ucf else ''
+    name = Path(path).stem
+    ucf = re.fullmatch(r"(v_.+_g\d+)_c\d+", name)
+    found = re.fullmatch(r"(.+)_\d{6}_\d{6}", name)
+    return found[1] if found else ucf[1].lower() if ucf else ""
 
 # %% ../nbs/02_video_data.ipynb #csv
 def _read_csv(file):
     "Rows of a csv as dicts; its columns decide what it is."
     try:
-        with open(file, newline='', encoding='utf-8-sig') as f: rows = list(csv.DictReader(f))
-    except (OSError, UnicodeDecodeError, csv.Error) as e: raise InputError(f'cannot read {file}: {_cause(e)}; check the file') from None
+        with open(file, newline="", encoding="utf-8-sig") as f:
+            rows = list(csv.DictReader(f))
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise InputError(f"cannot read {file}: {_cause(e)}; check the file") from None
     columns = set(rows[0]) if rows else set()
-    if not ({'path', 'label'} <= columns or {'youtube_id', 'time_start', 'time_end'} <= columns):
-        raise InputError(f'{file} needs the columns path,label or label,youtube_id,time_start,time_end,split')
+    if not ({"path", "label"} <= columns or {"youtube_id", "time_start", "time_end"} <= columns):
+        raise InputError(
+            f"{file} needs the columns path,label or label,youtube_id,time_start,time_end,split"
+        )
     return rows
+
 
 def _csv_rows(file):
     "Rows of a csv with the columns path and label; labels are class names, or numbers throughout."
-    table = _read_csv(file); given = [r['label'] or '' for r in table]
-    numbers = all(re.fullmatch(r'\d+', l) for l in given)
-    classes = [str(i) for i in range(max(map(int, given)) + 1)] if numbers else sorted(set(given) - {''})
-    label = {c: i for i, c in enumerate(classes)} | {'': -1}; rows = []
+    table = _read_csv(file)
+    given = [r["label"] or "" for r in table]
+    numbers = all(re.fullmatch(r"\d+", l) for l in given)
+    classes = (
+        [str(i) for i in range(max(map(int, given)) + 1)] if numbers else sorted(set(given) - {""})
+    )
+    label = {c: i for i, c in enumerate(classes)} | {"": -1}
+    rows = []
     for r in table:
-        path = file.parent/(r['path'] or ''); here = next((p for p in (path, path.with_suffix('.mp4')) if p.is_file()), None)
-        split = _SPLITS.get(r.get('split') or '', r.get('split') or '')
-        rows.append(_Row(split, str(here or path), int(r['label']) if numbers else label[r['label'] or ''], bool(here), _video_of(path)))
+        path = file.parent / (r["path"] or "")
+        here = next((p for p in (path, path.with_suffix(".mp4")) if p.is_file()), None)
+        split = _SPLITS.get(r.get("split") or "", r.get("split") or "")
+        rows.append(
+            _Row(
+                split,
+                str(here or path),
+                int(r["label"]) if numbers else label[r["label"] or ""],
+                bool(here),
+                _video_of(path),
+            )
+        )
     return rows, classes
 
 # %% ../nbs/02_video_data.ipynb #kinetics-rows
@@ -391,147 +609,256 @@ def _kinetics_table(file):
     "(split, name without ending, label) of every row of one of Kinetics' csv files."
     of_file = next((s for word, s in _SPLITS.items() if word in file.stem), None)
     for number, r in enumerate(_read_csv(file), 2):
-        try: name = f'{r["youtube_id"]}_{int(float(r["time_start"])):06d}_{int(float(r["time_end"])):06d}'
-        except (TypeError, ValueError): raise InputError(f'{file}, line {number}: time_start and time_end must be seconds; correct the line') from None
-        split = _SPLITS.get(r.get('split'), of_file)
-        if not split: raise InputError(f'{file}, line {number}: the split {r.get("split")!r} is none of {", ".join(_SPLITS)}; correct the line')
-        yield split, name, r.get('label') or ''
+        try:
+            name = f"{r['youtube_id']}_{int(float(r['time_start'])):06d}_{int(float(r['time_end'])):06d}"
+        except (TypeError, ValueError):
+            raise InputError(
+                f"{file}, line {number}: time_start and time_end must be seconds; correct the line"
+            ) from None
+        split = _SPLITS.get(r.get("split"), of_file)
+        if not split:
+            raise InputError(
+                f"{file}, line {number}: the split {r.get('split')!r} is none of {', '.join(_SPLITS)}; correct the line"
+            )
+        yield split, name, r.get("label") or ""
+
 
 def _kinetics_rows(root, tables=None):
     "Rows of a folder with train, val or test in it, by its csv files or else by class folder."
-    folders = {p: _SPLITS[p.name] for p in sorted(root.iterdir()) if p.is_dir() and p.name in _SPLITS} if root.is_dir() else {}
-    if not folders: raise InputError(f'no train, val or test in {root}; expected {root}/train/<youtube id>_<start>_<end>.mp4')
-    files = [(split, p, '' if p.parent == folder else p.parent.name) for folder, split in folders.items() for p in _video_files(folder, some=False)]
-    if tables is None: tables = [t for t in sorted([*root.glob('*.csv'), *root.glob('annotations/*.csv')]) if 'youtube_id' in t.open().readline()]
+    folders = (
+        {p: _SPLITS[p.name] for p in sorted(root.iterdir()) if p.is_dir() and p.name in _SPLITS}
+        if root.is_dir()
+        else {}
+    )
+    if not folders:
+        raise InputError(
+            f"no train, val or test in {root}; expected {root}/train/<youtube id>_<start>_<end>.mp4"
+        )
+    files = [
+        (split, p, "" if p.parent == folder else p.parent.name)
+        for folder, split in folders.items()
+        for p in _video_files(folder, some=False)
+    ]
+    if tables is None:
+        tables = [
+            t
+            for t in sorted([*root.glob("*.csv"), *root.glob("annotations/*.csv")])
+            if "youtube_id" in t.open().readline()
+        ]
     listed = {(split, name): label for t in tables for split, name, label in _kinetics_table(t)}
-    classes = sorted(set(listed.values() if tables else [c for *_, c in files]) - {''}); number = {c: i for i, c in enumerate(classes)} | {'': -1}
-    if not tables: return [_Row(s, str(p), number[c], True, _video_of(p)) for s, p, c in files], classes
+    classes = sorted(set(listed.values() if tables else [c for *_, c in files]) - {""})
+    number = {c: i for i, c in enumerate(classes)} | {"": -1}
+    if not tables:
+        return [_Row(s, str(p), number[c], True, _video_of(p)) for s, p, c in files], classes
     there = {(s, p.stem): p for s, p, _ in files}
-    rows = [_Row(s, str(there.get((s, n)) or root/s/f'{n}.mp4'), number[label], (s, n) in there, _video_of(n + '.mp4'))
-            for (s, n), label in listed.items() if s in folders.values()]
-    return rows + [_Row(None, str(p), -1, True, _video_of(p)) for s, p, _ in files if (s, p.stem) not in listed], classes
+    rows = [
+        _Row(
+            s,
+            str(there.get((s, n)) or root / s / f"{n}.mp4"),
+            number[label],
+            (s, n) in there,
+            _video_of(n + ".mp4"),
+        )
+        for (s, n), label in listed.items()
+        if s in folders.values()
+    ]
+    return rows + [
+        _Row(None, str(p), -1, True, _video_of(p)) for s, p, _ in files if (s, p.stem) not in listed
+    ], classes
 
 # %% ../nbs/02_video_data.ipynb #kinetics
 def _choose(rows, classes, split, where):
     "The videos of a split that are on disk."
-    known = sorted({r.split for r in rows} - {None, ''})
-    if split and split not in known: raise InputError(f'no split {split!r} in {where}; it has {", ".join(known) or "no splits, so leave the split out"}')
+    known = sorted({r.split for r in rows} - {None, ""})
+    if split and split not in known:
+        raise InputError(
+            f"no split {split!r} in {where}; it has {', '.join(known) or 'no splits, so leave the split out'}"
+        )
     listed = [r for r in rows if r.split is not None and split in (None, r.split)]
     items = list(dict.fromkeys((r.path, r.label) for r in listed if r.found))
-    if not items: raise InputError(f'none of the {len(listed)} videos that {where} lists is on disk; check the path')
+    if not items:
+        raise InputError(
+            f"none of the {len(listed)} videos that {where} lists is on disk; check the path"
+        )
     return items, classes
+
 
 def _kinetics_csv(path):
     "Rows of one of Kinetics' csv files; the videos lie beside it or beside its folder."
-    beside = any((path.parent/s).is_dir() for s in _SPLITS)
+    beside = any((path.parent / s).is_dir() for s in _SPLITS)
     return _kinetics_rows(path.parent if beside else path.parent.parent, [path])
 
-def kinetics_manifest(root:str|Path, # holds train/, val/ or test/; or one csv file
-                      split:str|None=None # `train`, `val`, `test` or None for all
-                     ) -> tuple[list,list]: # [(path, label), ...], label -1 where it is not known, and the class names
+
+def kinetics_manifest(
+    root: str | Path,  # holds train/, val/ or test/; or one csv file
+    split: str | None = None,  # `train`, `val`, `test` or None for all
+) -> tuple[list, list]:  # [(path, label), ...], label -1 where it is not known, and the class names
     "List the videos of Kinetics that are on disk."
     path = Path(root)
-    rows, classes = _kinetics_csv(path) if path.suffix == '.csv' else _kinetics_rows(path)
+    rows, classes = _kinetics_csv(path) if path.suffix == ".csv" else _kinetics_rows(path)
     return _choose(rows, classes, split, root)
 
 # %% ../nbs/02_video_data.ipynb #manifest-class
 class Manifest(NamedTuple):
     "Which videos, of which classes, and how often."
-    items: list   # [(path, label), ...], label -1: not known
-    classes: list # names, by label
-    shares: list|None = None # of a mixture with weights: [(number of items, weight), ...]
 
-_KINDS = 'ucf101', 'k600', 'folder'
+    items: list  # [(path, label), ...], label -1: not known
+    classes: list  # names, by label
+    shares: list | None = None  # of a mixture with weights: [(number of items, weight), ...]
+
+
+_KINDS = "ucf101", "k600", "folder"
+
 
 def _look(path):
     "What kind of data set lies at a path."
-    if path.suffix == '.csv': return 'csv'
-    if _ucf101_lists(path)[1]: return 'ucf101'
-    return 'k600' if (path/'train').is_dir() or (path/'val').is_dir() else 'plain'
+    if path.suffix == ".csv":
+        return "csv"
+    if _ucf101_lists(path)[1]:
+        return "ucf101"
+    return "k600" if (path / "train").is_dir() or (path / "val").is_dir() else "plain"
+
 
 def _parse(spec):
     "(kind, path, weight) of `kind=PATH:weight`; the weight may be left out, or all but the path."
-    kind, equals, rest = str(spec).partition('=')
-    if not equals or (kind not in _KINDS and Path(spec).exists()): return _look(Path(spec)), Path(spec), None
-    if kind not in _KINDS: raise InputError(f'unknown kind of data {kind!r} in {spec}; write {", ".join(f"{k}=PATH" for k in _KINDS)} or a path')
-    path, colon, weight = rest.rpartition(':')
-    if not colon or Path(rest).exists() or re.search(r'[/\\]', weight): path, weight = rest, None
-    try: number = None if weight is None else float(weight)
-    except ValueError: number = math.nan
-    if number is not None and not 0 < number < math.inf: raise InputError(f'the weight {weight!r} in {spec} must be a number above 0, as in {kind}={path}:2')
-    if not path: raise InputError(f'no path in {spec}; write {kind}=PATH')
-    return 'csv' if path.endswith('.csv') else kind, Path(path), number
+    kind, equals, rest = str(spec).partition("=")
+    if not equals or (kind not in _KINDS and Path(spec).exists()):
+        return _look(Path(spec)), Path(spec), None
+    if kind not in _KINDS:
+        raise InputError(
+            f"unknown kind of data {kind!r} in {spec}; write {', '.join(f'{k}=PATH' for k in _KINDS)} or a path"
+        )
+    path, colon, weight = rest.rpartition(":")
+    if not colon or Path(rest).exists() or re.search(r"[/\\]", weight):
+        path, weight = rest, None
+    try:
+        number = None if weight is None else float(weight)
+    except ValueError:
+        number = math.nan
+    if number is not None and not 0 < number < math.inf:
+        raise InputError(
+            f"the weight {weight!r} in {spec} must be a number above 0, as in {kind}={path}:2"
+        )
+    if not path:
+        raise InputError(f"no path in {spec}; write {kind}=PATH")
+    return "csv" if path.endswith(".csv") else kind, Path(path), number
 
 # %% ../nbs/02_video_data.ipynb #manifest
 def _source_rows(kind, path, split_id=1):
     "All that a source lists, by its kind, and the class names."
-    if kind == 'k600': return _kinetics_rows(path)
-    if kind == 'csv': return _kinetics_csv(path) if 'youtube_id' in _read_csv(path)[0] else _csv_rows(path)
-    if kind == 'ucf101' and _ucf101_lists(path)[1]: return _ucf101_rows(path, split_id)
+    if kind == "k600":
+        return _kinetics_rows(path)
+    if kind == "csv":
+        return _kinetics_csv(path) if "youtube_id" in _read_csv(path)[0] else _csv_rows(path)
+    if kind == "ucf101" and _ucf101_lists(path)[1]:
+        return _ucf101_rows(path, split_id)
     items, classes = folder_manifest(_ucf101_lists(path)[0])
-    return [_Row('train' if kind == 'folder' else '', p, l, True) for p, l in items], classes
+    return [_Row("train" if kind == "folder" else "", p, l, True) for p, l in items], classes
 
-def manifest(spec:str|Path|list, # `ucf101=PATH`, `k600=PATH`, `folder=PATH`, a path, or a list of these; `:weight` may follow
-             split:str|None=None, # `train`, `val`, `test`, or None for all that is listed
-             split_id:int=1 # of UCF-101: 1, 2 or 3
-            ) -> Manifest:
+
+def manifest(
+    spec: str
+    | Path
+    | list,  # `ucf101=PATH`, `k600=PATH`, `folder=PATH`, a path, or a list of these; `:weight` may follow
+    split: str | None = None,  # `train`, `val`, `test`, or None for all that is listed
+    split_id: int = 1,  # of UCF-101: 1, 2 or 3
+) -> Manifest:
     "Read what one description, or several mixed, say."
     if isinstance(spec, (list, tuple)):
-        parts = [_parse(s) for s in spec]; without = [str(s) for s, p in zip(spec, parts) if p[2] is None]
-        if 0 < len(without) < len(parts): raise InputError(f'{without[0]} has no weight but others have; give each one, as in {without[0]}:1, or none')
-        return mixed([(f'{k}={p}' if k in _KINDS else p, w) for k, p, w in parts], split, split_id)
+        parts = [_parse(s) for s in spec]
+        without = [str(s) for s, p in zip(spec, parts) if p[2] is None]
+        if 0 < len(without) < len(parts):
+            raise InputError(
+                f"{without[0]} has no weight but others have; give each one, as in {without[0]}:1, or none"
+            )
+        return mixed([(f"{k}={p}" if k in _KINDS else p, w) for k, p, w in parts], split, split_id)
     kind, path, _ = _parse(spec)
-    if kind in ('ucf101', 'plain'): return Manifest(*ucf101_manifest(path, split, split_id))
+    if kind in ("ucf101", "plain"):
+        return Manifest(*ucf101_manifest(path, split, split_id))
     return Manifest(*_choose(*_source_rows(kind, path), split, path))
 
 # %% ../nbs/02_video_data.ipynb #mixed
 def _listed(items, split):
     "Check a list of (path, label) and name its classes by number."
-    if split: raise InputError(f'a list of (path, label) has no split {split!r}; leave the split out')
+    if split:
+        raise InputError(f"a list of (path, label) has no split {split!r}; leave the split out")
     items = [(str(path), label) for path, label in items]
     for path, label in items:
         if isinstance(label, bool) or not isinstance(label, (int, np.integer)) or label < 0:
-            raise InputError(f'the label of {path} is {label!r}; labels are integers from 0')
-    if not items: raise InputError('the list of (path, label) is empty; give at least one video')
+            raise InputError(f"the label of {path} is {label!r}; labels are integers from 0")
+    if not items:
+        raise InputError("the list of (path, label) is empty; give at least one video")
     return items, [str(i) for i in range(max(int(label) for _, label in items) + 1)]
+
 
 def _manifest(source, split, split_id):
     "Whatever `VideoClips` takes, as a manifest."
-    specs = isinstance(source, (list, tuple)) and source and all(isinstance(s, (str, Path)) for s in source)
-    if specs or isinstance(source, (str, Path)): return manifest(source, split, split_id)
-    if not isinstance(source, tuple): return Manifest(*_listed(source, split))
-    if split: raise InputError(f'a manifest has no split {split!r} any more; give the split to the function that made it')
+    specs = (
+        isinstance(source, (list, tuple))
+        and source
+        and all(isinstance(s, (str, Path)) for s in source)
+    )
+    if specs or isinstance(source, (str, Path)):
+        return manifest(source, split, split_id)
+    if not isinstance(source, tuple):
+        return Manifest(*_listed(source, split))
+    if split:
+        raise InputError(
+            f"a manifest has no split {split!r} any more; give the split to the function that made it"
+        )
     return Manifest(*source)
 
-def mixed(parts:list, # [(source, weight), ...]; a source is a description, a manifest or a list of (path, label); weights above 0, or all None
-          split:str|None=None, split_id:int=1 # as in `manifest`, for the descriptions
-         ) -> Manifest: # class numbers of a source follow those of the one before it
+
+def mixed(
+    parts: list,  # [(source, weight), ...]; a source is a description, a manifest or a list of (path, label); weights above 0, or all None
+    split: str | None = None,
+    split_id: int = 1,  # as in `manifest`, for the descriptions
+) -> Manifest:  # class numbers of a source follow those of the one before it
     "Put sources together; a weight is a source's share of the draws of an epoch."
     items, classes, shares = [], [], []
     for source, weight in parts:
         m = _manifest(source, split if isinstance(source, (str, Path)) else None, split_id)
-        if m.shares: raise InputError('a mixture cannot be part of a mixture; list its sources instead')
-        if weight is not None and not 0 < weight < math.inf: raise InputError(f'the weight of {source} is {weight}; it must be above 0')
+        if m.shares:
+            raise InputError("a mixture cannot be part of a mixture; list its sources instead")
+        if weight is not None and not 0 < weight < math.inf:
+            raise InputError(f"the weight of {source} is {weight}; it must be above 0")
         items += [(path, label + len(classes) if label >= 0 else -1) for path, label in m.items]
-        shares.append((len(m.items), weight)); classes = classes + list(m.classes)
-    return Manifest(items, classes, shares if len(shares) > 1 and all(w is not None for _, w in shares) else None)
+        shares.append((len(m.items), weight))
+        classes = classes + list(m.classes)
+    return Manifest(
+        items,
+        classes,
+        shares if len(shares) > 1 and all(w is not None for _, w in shares) else None,
+    )
 
 # %% ../nbs/02_video_data.ipynb #shares
 class _Shares:
     "Which entry of a weighted mixture is drawn: a fixed share for every source, which is walked through in shuffled rounds."
+
     def __init__(self, sizes, weights, seed):
-        exact = [sum(sizes)*w/sum(weights) for w in weights]; draws = [int(x) for x in exact]
-        for k in sorted(range(len(sizes)), key=lambda k: draws[k] - exact[k])[:sum(sizes) - sum(draws)]: draws[k] += 1
+        exact = [sum(sizes) * w / sum(weights) for w in weights]
+        draws = [int(x) for x in exact]
+        for k in sorted(range(len(sizes)), key=lambda k: draws[k] - exact[k])[
+            : sum(sizes) - sum(draws)
+        ]:
+            draws[k] += 1
         self.sizes, self.draws, self.seed, self._epoch, self._orders = sizes, draws, seed, None, {}
         self.ends, self.starts = np.cumsum(draws), np.cumsum([0, *sizes])
 
-    def part(self, i): return int(np.searchsorted(self.ends, i, side='right')) # the source of draw i
-    def span(self, i): return self.starts[self.part(i):][:2].tolist()           # its entries: from, to
+    def part(self, i):
+        return int(np.searchsorted(self.ends, i, side="right"))  # the source of draw i
+
+    def span(self, i):
+        return self.starts[self.part(i) :][:2].tolist()  # its entries: from, to
 
     def draw(self, i, epoch):
         "The entry of draw i."
-        if epoch != self._epoch: self._epoch, self._orders = epoch, {}
-        k = self.part(i); turn, place = divmod(epoch*self.draws[k] + i - int(self.ends[k]) + self.draws[k], self.sizes[k])
+        if epoch != self._epoch:
+            self._epoch, self._orders = epoch, {}
+        k = self.part(i)
+        turn, place = divmod(
+            epoch * self.draws[k] + i - int(self.ends[k]) + self.draws[k], self.sizes[k]
+        )
         if (k, turn) not in self._orders:
             generator = torch.Generator().manual_seed(_hash(self.seed, 0, 0, k, turn)[0])
             self._orders[k, turn] = torch.randperm(self.sizes[k], generator=generator)
@@ -540,350 +867,656 @@ class _Shares:
 # %% ../nbs/02_video_data.ipynb #clips
 class VideoClips(Dataset):
     "Clips as dicts of `video` (3, T, H, W) in [0, 1], `label` and `path`; also `.classes`, `.paths`, `.labels`, `.bad`."
-    def __init__(self, source:str|Path|list|tuple, # a folder, descriptions as in `manifest`, a manifest, or a list of (path, label)
-                 num_frames:int, # T
-                 size:int, # height and width in pixels
-                 sampling:str='native', # `native`, `uniform` or `all`
-                 split:str|None=None, # `train`, `val`, `test` or None for every video
-                 split_id:int=1, # of UCF-101: 1, 2 or 3
-                 seed:int=0, # of the starts of windows, of mirroring and of mixing
-                 flip:bool=False, # mirror every other clip by chance, for training
-                 cache:bool=False, # decode every file now and keep 8-bit frames in memory
-                 replace_bad:bool=False, # another clip takes the place of one that cannot be read, for training
-                 progress=lambda it, **_: it): # a tqdm-like wrapper for filling the cache and for counting chunks
-        if sampling not in ('native', 'uniform', 'all'): raise InputError(f'unknown sampling {sampling!r}; choose native, uniform or all')
-        m = _manifest(source, split, split_id); self.source, self.replace_bad, self.classes = source, replace_bad, m.classes
+
+    def __init__(
+        self,
+        source: str
+        | Path
+        | list
+        | tuple,  # a folder, descriptions as in `manifest`, a manifest, or a list of (path, label)
+        num_frames: int,  # T
+        size: int,  # height and width in pixels
+        sampling: str = "native",  # `native`, `uniform` or `all`
+        split: str | None = None,  # `train`, `val`, `test` or None for every video
+        split_id: int = 1,  # of UCF-101: 1, 2 or 3
+        seed: int = 0,  # of the starts of windows, of mirroring and of mixing
+        flip: bool = False,  # mirror every other clip by chance, for training
+        cache: bool = False,  # decode every file now and keep 8-bit frames in memory
+        replace_bad: bool = False,  # another clip takes the place of one that cannot be read, for training
+        progress=lambda it, **_: it,
+    ):  # a tqdm-like wrapper for filling the cache and for counting chunks
+        if sampling not in ("native", "uniform", "all"):
+            raise InputError(f"unknown sampling {sampling!r}; choose native, uniform or all")
+        m = _manifest(source, split, split_id)
+        self.source, self.replace_bad, self.classes = source, replace_bad, m.classes
         self.paths, self.labels = [p for p, _ in m.items], [int(label) for _, label in m.items]
-        self.num_frames, self.size, self.sampling, self.seed, self.flip = num_frames, size, sampling, seed, flip
-        first = {}; self._first = [first.setdefault(path, f) for f, path in enumerate(self.paths)] # marks are kept per path
+        self.num_frames, self.size, self.sampling, self.seed, self.flip = (
+            num_frames,
+            size,
+            sampling,
+            seed,
+            flip,
+        )
+        first = {}
+        self._first = [
+            first.setdefault(path, f) for f, path in enumerate(self.paths)
+        ]  # marks are kept per path
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._bad = torch.zeros(len(self.paths), dtype=torch.bool).share_memory_()
-        keep, files = self._pick if sampling == 'uniform' else np.arange, range(len(self.paths))
-        self._cache = [self._try(f, keep) for f in progress(files, desc='decoding', unit='clip')] if cache else None
-        self._entries = _chunk_table(self, progress) if sampling == 'all' else None
+        keep, files = self._pick if sampling == "uniform" else np.arange, range(len(self.paths))
+        self._cache = (
+            [self._try(f, keep) for f in progress(files, desc="decoding", unit="clip")]
+            if cache
+            else None
+        )
+        self._entries = _chunk_table(self, progress) if sampling == "all" else None
         self._shares = _entry_shares(self, m.shares) if m.shares else None
 
-    def __len__(self): return len(self.paths) if self._entries is None else len(self._entries)
+    def __len__(self):
+        return len(self.paths) if self._entries is None else len(self._entries)
 
-    def set_epoch(self, epoch:int): # starts, mirroring and mixing are drawn anew for each epoch
-        if self.replace_bad: _refuse_many(self)
+    def set_epoch(self, epoch: int):  # starts, mirroring and mixing are drawn anew for each epoch
+        if self.replace_bad:
+            _refuse_many(self)
         self._epoch.fill_(epoch)
 
     @property
-    def bad(self): return [self.paths[f] for f in self._bad.nonzero().flatten().tolist()] # files found unreadable so far
+    def bad(self):
+        return [
+            self.paths[f] for f in self._bad.nonzero().flatten().tolist()
+        ]  # files found unreadable so far
 
-    def _pick(self, available, seed=None, chunk=0): return _window(available, self.num_frames, self.sampling, seed, chunk)
-    def _try(self, f, pick): return _frames_or_mark(self, f, pick)
-    def __getitem__(self, i): return _item(self, range(len(self))[i])
+    def _pick(self, available, seed=None, chunk=0):
+        return _window(available, self.num_frames, self.sampling, seed, chunk)
+
+    def _try(self, f, pick):
+        return _frames_or_mark(self, f, pick)
+
+    def __getitem__(self, i):
+        return _item(self, range(len(self))[i])
 
 # %% ../nbs/02_video_data.ipynb #clips-frames
-_LOG = logging.getLogger('dera.data')
+_LOG = logging.getLogger("dera.data")
+
 
 def _window(available, num_frames, sampling, seed, chunk):
     "Frame indices of one clip."
-    if sampling == 'all': return np.minimum(chunk*num_frames + np.arange(num_frames), available - 1)
+    if sampling == "all":
+        return np.minimum(chunk * num_frames + np.arange(num_frames), available - 1)
     return frame_indices(available, num_frames, sampling, seed)[0]
+
 
 def _mark(clips, f, text):
     "Mark a file as bad, and log it the first time."
-    if not clips._bad[clips._first[f]]: clips._bad[clips._first[f]] = True; _LOG.warning(text)
+    if not clips._bad[clips._first[f]]:
+        clips._bad[clips._first[f]] = True
+        _LOG.warning(text)
+
 
 def _frames_or_mark(clips, f, pick):
     "Frames of file f, (T, 3, size, size) uint8; None, and a mark, if it is bad and may be replaced."
-    if clips._bad[clips._first[f]]: return None
-    if getattr(clips, '_cache', None): return clips._cache[f][pick(len(clips._cache[f]))]
-    try: return _load(clips.paths[f], clips.size, pick)
+    if clips._bad[clips._first[f]]:
+        return None
+    if getattr(clips, "_cache", None):
+        return clips._cache[f][pick(len(clips._cache[f]))]
+    try:
+        return _load(clips.paths[f], clips.size, pick)
     except InputError as e:
-        if not clips.replace_bad: raise
-        _mark(clips, f, f'{e} (another clip takes its place)')
+        if not clips.replace_bad:
+            raise
+        _mark(clips, f, f"{e} (another clip takes its place)")
 
-def _refuse_many(clips, most=.05):
+
+def _refuse_many(clips, most=0.05):
     "Stop where more than this share of the files is known to be bad."
-    bad, total = clips.bad, len(set(clips._first)); source = clips.source
-    if len(bad) <= most*total: return
-    specs = [source] if isinstance(source, (str, Path)) else [s for s in source if isinstance(s, (str, Path))]
-    where = ' '.join(map(str, specs)) or os.path.commonpath([Path(p).parent for p in clips.paths])
-    raise InputError(f'{len(bad)} of {total} videos cannot be read ({len(bad)/total:.1%}, the first is {bad[0]}); more than {most:.0%} is too many: run dera audit {where}')
+    bad, total = clips.bad, len(set(clips._first))
+    source = clips.source
+    if len(bad) <= most * total:
+        return
+    specs = (
+        [source]
+        if isinstance(source, (str, Path))
+        else [s for s in source if isinstance(s, (str, Path))]
+    )
+    where = " ".join(map(str, specs)) or os.path.commonpath([Path(p).parent for p in clips.paths])
+    raise InputError(
+        f"{len(bad)} of {total} videos cannot be read ({len(bad) / total:.1%}, the first is {bad[0]}); more than {most:.0%} is too many: run dera audit {where}"
+    )
 
 # %% ../nbs/02_video_data.ipynb #clips-item
 def _item(clips, i, attempts=100):
     "Entry i of the present epoch; a bad file gives way to others, which depend on (seed, epoch, i, attempt) only."
-    epoch = int(clips._epoch); start, mirror = _hash(clips.seed, epoch, i); entry = clips._shares.draw(i, epoch) if clips._shares else i
+    epoch = int(clips._epoch)
+    start, mirror = _hash(clips.seed, epoch, i)
+    entry = clips._shares.draw(i, epoch) if clips._shares else i
     low, high = clips._shares.span(i) if clips._shares else (0, len(clips))
     for attempt in range(attempts):
-        if attempt: entry = low + _hash(clips.seed, epoch, i, attempt)[0] % (high - low)
+        if attempt:
+            entry = low + _hash(clips.seed, epoch, i, attempt)[0] % (high - low)
         f, chunk = (entry, 0) if clips._entries is None else clips._entries[entry].tolist()
         frames = clips._try(f, partial(clips._pick, seed=start, chunk=chunk))
-        if frames is not None: break
-    else: raise InputError(f'{attempts} clips in a row cannot be read, last {clips.paths[f]}; look at the data with dera audit')
+        if frames is not None:
+            break
+    else:
+        raise InputError(
+            f"{attempts} clips in a row cannot be read, last {clips.paths[f]}; look at the data with dera audit"
+        )
     video = _to_float(frames)
-    return dict(video=video.flip(-1) if clips.flip and mirror % 2 else video, label=clips.labels[f], path=clips.paths[f])
+    return dict(
+        video=video.flip(-1) if clips.flip and mirror % 2 else video,
+        label=clips.labels[f],
+        path=clips.paths[f],
+    )
 
 # %% ../nbs/02_video_data.ipynb #clips-entries
 def _chunk_table(clips, progress):
     "(entries, 2): file and chunk of every entry, for sampling `all`."
+
     def chunks(f):
-        if clips._cache: return 0 if clips._cache[f] is None else max(1, len(clips._cache[f])//clips.num_frames)
-        try: return max(1, probe(clips.paths[f]).num_frames//clips.num_frames)
+        if clips._cache:
+            return (
+                0 if clips._cache[f] is None else max(1, len(clips._cache[f]) // clips.num_frames)
+            )
+        try:
+            return max(1, probe(clips.paths[f]).num_frames // clips.num_frames)
         except InputError as e:
-            if not clips.replace_bad: raise
-            _mark(clips, f, f'{e} (left out)'); return 0
-    table = [(f, c) for f in progress(range(len(clips.paths)), desc='counting frames', unit='file') for c in range(chunks(f))]
-    if not table: raise InputError(f'not one of {len(clips.paths)} videos can be read; look at the data with dera audit')
+            if not clips.replace_bad:
+                raise
+            _mark(clips, f, f"{e} (left out)")
+            return 0
+
+    table = [
+        (f, c)
+        for f in progress(range(len(clips.paths)), desc="counting frames", unit="file")
+        for c in range(chunks(f))
+    ]
+    if not table:
+        raise InputError(
+            f"not one of {len(clips.paths)} videos can be read; look at the data with dera audit"
+        )
     return np.array(table)
+
 
 def _entry_shares(clips, shares):
     "Weights of sources, on entries instead of files."
     ends = np.cumsum([0] + [n for n, _ in shares])
-    if clips._entries is not None: ends = np.searchsorted(clips._entries[:, 0], ends)
+    if clips._entries is not None:
+        ends = np.searchsorted(clips._entries[:, 0], ends)
     sizes = np.diff(ends).tolist()
-    if 0 in sizes: raise InputError(f'source {sizes.index(0) + 1} of the mixture has no readable video; look at it with dera audit')
+    if 0 in sizes:
+        raise InputError(
+            f"source {sizes.index(0) + 1} of the mixture has no readable video; look at it with dera audit"
+        )
     return _Shares(sizes, [w for _, w in shares], clips.seed)
 
 # %% ../nbs/02_video_data.ipynb #order
 class _EpochOrder(Sampler):
     "A new order for every epoch of a `VideoClips`, the same whenever that epoch is run."
-    def __init__(self, clips, seed): self.clips, self.seed = clips, seed
-    def __len__(self): return len(self.clips)
+
+    def __init__(self, clips, seed):
+        self.clips, self.seed = clips, seed
+
+    def __len__(self):
+        return len(self.clips)
+
     def __iter__(self):
         generator = torch.Generator().manual_seed(_hash(self.seed, self.clips._epoch)[0])
         return iter(torch.randperm(len(self.clips), generator=generator).tolist())
 
 # %% ../nbs/02_video_data.ipynb #loader
-def loader(clips:VideoClips, # the data; call its `set_epoch` before every epoch
-           batch_size:int, # clips a batch
-           shuffle:bool=True, # for training: shuffled, an incomplete last batch left out
-           seed:int=0, # of the order
-           num_workers:int=0, # processes that decode
-           **options # of torch's DataLoader; persistent and pinned (with CUDA) unless told otherwise
-          ) -> DataLoader: # yields dicts of batched `video`, `label` and `path`
+def loader(
+    clips: VideoClips,  # the data; call its `set_epoch` before every epoch
+    batch_size: int,  # clips a batch
+    shuffle: bool = True,  # for training: shuffled, an incomplete last batch left out
+    seed: int = 0,  # of the order
+    num_workers: int = 0,  # processes that decode
+    **options,  # of torch's DataLoader; persistent and pinned (with CUDA) unless told otherwise
+) -> DataLoader:  # yields dicts of batched `video`, `label` and `path`
     "Batches whose order depends on the seed and the epoch only."
     if batch_size < 1 or (shuffle and batch_size > len(clips)):
-        raise InputError(f'a batch of {batch_size} cannot be filled from {len(clips)} clips; choose a batch size from 1 to {len(clips)}')
+        raise InputError(
+            f"a batch of {batch_size} cannot be filled from {len(clips)} clips; choose a batch size from 1 to {len(clips)}"
+        )
     sampler, cuda = _EpochOrder(clips, seed) if shuffle else None, torch.cuda.is_available()
-    options = dict(persistent_workers=num_workers > 0) | options | dict(pin_memory=options.get('pin_memory', True) and cuda)
-    return DataLoader(clips, batch_size, sampler=sampler, drop_last=shuffle, num_workers=num_workers, **options)
+    options = (
+        dict(persistent_workers=num_workers > 0)
+        | options
+        | dict(pin_memory=options.get("pin_memory", True) and cuda)
+    )
+    return DataLoader(
+        clips, batch_size, sampler=sampler, drop_last=shuffle, num_workers=num_workers, **options
+    )
 
 # %% ../nbs/02_video_data.ipynb #each
 def _serve(pipe, work):
     "A child process: results for jobs, until there are no more."
-    signal.signal(signal.SIGINT, signal.SIG_IGN); torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
     try:
-        for job in iter(pipe.recv, None): pipe.send(work(job))
-    except (EOFError, OSError): pass # the parent is gone
+        for job in iter(pipe.recv, None):
+            pipe.send(work(job))
+    except (EOFError, OSError):
+        pass  # the parent is gone
+
 
 def _each(work, jobs, workers=None):
     "Yield (job, result) as child processes finish them; a job that kills its process has the result None."
-    context = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn'); jobs, busy = iter(jobs), {}
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    jobs, busy = iter(jobs), {}
+
     def give(job, pipe=None, process=None):
         if pipe is None:
-            pipe, end = context.Pipe(); process = context.Process(target=_serve, args=(end, work), daemon=True); process.start(); end.close()
+            pipe, end = context.Pipe()
+            process = context.Process(target=_serve, args=(end, work), daemon=True)
+            process.start()
+            end.close()
         pipe.send(job)
-        if job is not None: busy[pipe] = process, job
+        if job is not None:
+            busy[pipe] = process, job
+
     try:
-        for job in itertools.islice(jobs, workers or os.cpu_count() or 1): give(job)
+        for job in itertools.islice(jobs, workers or os.cpu_count() or 1):
+            give(job)
         while busy:
             for pipe in wait(list(busy)):
-                process, job = busy.pop(pipe); worker = pipe, process
-                try: result = pipe.recv()
-                except (EOFError, OSError): result, worker = None, (None, None); process.join()
+                process, job = busy.pop(pipe)
+                worker = pipe, process
+                try:
+                    result = pipe.recv()
+                except (EOFError, OSError):
+                    result, worker = None, (None, None)
+                    process.join()
                 following = next(jobs, None)
-                if following is not None or worker[0]: give(following, *worker)
+                if following is not None or worker[0]:
+                    give(following, *worker)
                 yield job, result
     finally:
-        for process, _ in busy.values(): process.terminate(); process.join()
+        for process, _ in busy.values():
+            process.terminate()
+            process.join()
 
 # %% ../nbs/02_video_data.ipynb #audit-rows
 def _ucf101_rows(root, split_id):
     "Rows of UCF-101's layout: both lists of a split, then the files that neither names."
-    videos, lists = _ucf101_lists(root); files, classes, rows = _video_files(videos), _ucf101_classes(lists), []
-    label, pocket = {c.lower(): i for i, c in enumerate(classes)}, (videos/'factors.npz').is_file()
-    row = lambda split, p, found: _Row(split, str(p), label.get(p.parent.name.lower(), -1), found, '' if pocket else _video_of(p))
-    for split in 'train', 'test':
-        names = _ucf101_names(lists/f'{split}list{split_id:02d}.txt')
-        rows += [row(split, p or videos/n, p is not None) for n, p in zip(names, _find(names, files))]
+    videos, lists = _ucf101_lists(root)
+    files, classes, rows = _video_files(videos), _ucf101_classes(lists), []
+    label, pocket = (
+        {c.lower(): i for i, c in enumerate(classes)},
+        (videos / "factors.npz").is_file(),
+    )
+    row = lambda split, p, found: _Row(
+        split, str(p), label.get(p.parent.name.lower(), -1), found, "" if pocket else _video_of(p)
+    )
+    for split in "train", "test":
+        names = _ucf101_names(lists / f"{split}list{split_id:02d}.txt")
+        rows += [
+            row(split, p or videos / n, p is not None) for n, p in zip(names, _find(names, files))
+        ]
     seen = {r.path for r in rows}
     return rows + [row(None, p, True) for p in files if str(p) not in seen], classes
 
+
 def _all_rows(source, split_id):
     "Rows and classes of whatever `manifest` takes."
-    if isinstance(source, (str, Path)): source = [source]
+    if isinstance(source, (str, Path)):
+        source = [source]
     rows, classes = [], []
     for kind, path, _ in map(_parse, source):
         more, names = _source_rows(kind, path, split_id)
-        rows += [r._replace(label=r.label + len(classes) if r.label >= 0 else -1) for r in more]; classes = classes + names
+        rows += [r._replace(label=r.label + len(classes) if r.label >= 0 else -1) for r in more]
+        classes = classes + names
     return rows, classes
 
 # %% ../nbs/02_video_data.ipynb #audit-checks
 def _check_video(path, num_frames, full):
     "(frames, cause): how many frames a file has, and why it cannot be read, or ''."
     count = []
-    try: _load(path, 16, lambda n: count.append(n) or np.arange(n if full else min(n, num_frames)))
-    except InputError as e: return 0, str(e).removeprefix(f'cannot read {path}: ')
-    return count[0], ''
+    try:
+        _load(path, 16, lambda n: count.append(n) or np.arange(n if full else min(n, num_frames)))
+    except InputError as e:
+        return 0, str(e).removeprefix(f"cannot read {path}: ")
+    return count[0], ""
+
 
 def _digest(path):
     "SHA-256 of a file."
     digest = hashlib.sha256()
     try:
-        with open(path, 'rb') as f:
-            for block in iter(lambda: f.read(1 << 20), b''): digest.update(block)
-    except OSError: return ''
+        with open(path, "rb") as f:
+            for block in iter(lambda: f.read(1 << 20), b""):
+                digest.update(block)
+    except OSError:
+        return ""
     return digest.hexdigest()
+
 
 def _duplicates(paths, workers, progress):
     "Groups of files with the same content."
     by_size, by_digest = defaultdict(list), defaultdict(list)
     for p in paths:
-        if os.path.isfile(p): by_size[os.path.getsize(p)].append(p)
+        if os.path.isfile(p):
+            by_size[os.path.getsize(p)].append(p)
     alike = [p for size, group in by_size.items() if size and len(group) > 1 for p in group]
-    for path, digest in progress(_each(_digest, alike, workers), desc='comparing', unit='file', total=len(alike)):
-        if digest: by_digest[digest].append(path)
+    for path, digest in progress(
+        _each(_digest, alike, workers), desc="comparing", unit="file", total=len(alike)
+    ):
+        if digest:
+            by_digest[digest].append(path)
     return sorted(sorted(group) for group in by_digest.values() if len(group) > 1)
 
 # %% ../nbs/02_video_data.ipynb #audit-leaks
 def _leaks(rows, duplicates):
     "What two splits share: a file, a content or a video."
-    content, shared = {p: n for n, group in enumerate(duplicates) for p in group}, defaultdict(lambda: defaultdict(list))
+    content, shared = (
+        {p: n for n, group in enumerate(duplicates) for p in group},
+        defaultdict(lambda: defaultdict(list)),
+    )
     for r in rows:
-        for why, key in ('file', r.path), ('content', content.get(r.path)), ('video', r.video or None):
-            if r.split and key is not None: shared[why, key][r.split].append(r.path)
+        for why, key in (
+            ("file", r.path),
+            ("content", content.get(r.path)),
+            ("video", r.video or None),
+        ):
+            if r.split and key is not None:
+                shared[why, key][r.split].append(r.path)
     leaks, seen = [], set()
-    for (why, key), splits in sorted(shared.items(), key=lambda x: ('file', 'content', 'video').index(x[0][0])):
+    for (why, key), splits in sorted(
+        shared.items(), key=lambda x: ("file", "content", "video").index(x[0][0])
+    ):
         files = frozenset(p for group in splits.values() for p in group)
-        if len(splits) > 1 and files not in seen: seen.add(files); leaks.append(dict(same=why, splits=dict(splits)))
+        if len(splits) > 1 and files not in seen:
+            seen.add(files)
+            leaks.append(dict(same=why, splits=dict(splits)))
     return leaks
+
 
 def _balance(rows, classes):
     "Files and classes, split by split; smallest, median and largest class are of those that have videos."
     out = {}
     for split in dict.fromkeys(r.split for r in rows):
-        part = [r for r in rows if r.split == split]; counts = Counter(r.label for r in part if r.found and r.label >= 0); n = sorted(counts.values())
-        out[{None: 'not listed', '': 'all'}.get(split, split)] = dict(files=len(part), found=sum(r.found for r in part), classes=len(n),
-            smallest=n[0] if n else 0, median=float(np.median(n)) if n else 0, largest=n[-1] if n else 0,
-            empty=[] if split is None else [c for i, c in enumerate(classes) if i not in counts])
+        part = [r for r in rows if r.split == split]
+        counts = Counter(r.label for r in part if r.found and r.label >= 0)
+        n = sorted(counts.values())
+        out[{None: "not listed", "": "all"}.get(split, split)] = dict(
+            files=len(part),
+            found=sum(r.found for r in part),
+            classes=len(n),
+            smallest=n[0] if n else 0,
+            median=float(np.median(n)) if n else 0,
+            largest=n[-1] if n else 0,
+            empty=[] if split is None else [c for i, c in enumerate(classes) if i not in counts],
+        )
     return out
 
 # %% ../nbs/02_video_data.ipynb #audit
-def audit(source:str|Path|list, # as in `manifest`
-          split_id:int=1, # of UCF-101: 1, 2 or 3
-          num_frames:int|None=None, # of the clips to be read; None: 16, or the median file's where that is less
-          full:bool=False, # decode every frame, instead of the first num_frames
-          workers:int|None=None, # processes; None: one per core
-          progress=lambda it, **_: it # a tqdm-like wrapper
-         ) -> dict: # fit for JSON; `ok` is False if anything is wrong
+def audit(
+    source: str | Path | list,  # as in `manifest`
+    split_id: int = 1,  # of UCF-101: 1, 2 or 3
+    num_frames: int
+    | None = None,  # of the clips to be read; None: 16, or the median file's where that is less
+    full: bool = False,  # decode every frame, instead of the first num_frames
+    workers: int | None = None,  # processes; None: one per core
+    progress=lambda it, **_: it,  # a tqdm-like wrapper
+) -> dict:  # fit for JSON; `ok` is False if anything is wrong
     "Check a data set: what is missing, unreadable, too short, double, or in two splits."
-    rows, classes = _all_rows(source, split_id); found = list(dict.fromkeys(r.path for r in rows if r.found))
-    checks = dict(progress(_each(partial(_check_video, num_frames=num_frames or 16, full=full), found, workers),
-                           desc='checking', unit='file', total=len(found)))
-    checks = {p: checks[p] or (0, 'the decoder crashes; fetch or convert it again') for p in found}
-    num_frames = num_frames or int(min(16, np.median([n for n, cause in checks.values() if not cause] or [16])))
-    wrong = dict(missing=list(dict.fromkeys(r.path for r in rows if not r.found)),
-                 undecodable=[dict(path=p, cause=cause) for p, (_, cause) in checks.items() if cause],
-                 too_short=[dict(path=p, frames=n) for p, (n, cause) in checks.items() if n < num_frames and not cause],
-                 duplicates=_duplicates(found, workers, progress))
-    wrong['in_two_splits'] = _leaks(rows, wrong['duplicates'])
-    size, specs = sum(os.path.getsize(p) for p in found if os.path.isfile(p)), [source] if isinstance(source, (str, Path)) else source
+    rows, classes = _all_rows(source, split_id)
+    found = list(dict.fromkeys(r.path for r in rows if r.found))
+    checks = dict(
+        progress(
+            _each(partial(_check_video, num_frames=num_frames or 16, full=full), found, workers),
+            desc="checking",
+            unit="file",
+            total=len(found),
+        )
+    )
+    checks = {p: checks[p] or (0, "the decoder crashes; fetch or convert it again") for p in found}
+    num_frames = num_frames or int(
+        min(16, np.median([n for n, cause in checks.values() if not cause] or [16]))
+    )
+    wrong = dict(
+        missing=list(dict.fromkeys(r.path for r in rows if not r.found)),
+        undecodable=[dict(path=p, cause=cause) for p, (_, cause) in checks.items() if cause],
+        too_short=[
+            dict(path=p, frames=n)
+            for p, (n, cause) in checks.items()
+            if n < num_frames and not cause
+        ],
+        duplicates=_duplicates(found, workers, progress),
+    )
+    wrong["in_two_splits"] = _leaks(rows, wrong["duplicates"])
+    size, specs = (
+        sum(os.path.getsize(p) for p in found if os.path.isfile(p)),
+        [source] if isinstance(source, (str, Path)) else source,
+    )
     root = os.path.commonpath([os.path.abspath(_parse(s)[1]) for s in specs])
-    return dict(source=[str(s) for s in specs], root=root, split_id=split_id, num_frames=num_frames, full=full, files=len(found), bytes=size,
-                ok=not any(wrong.values()), counts={k: len(v) for k, v in wrong.items()}, splits=_balance(rows, classes), **wrong)
+    return dict(
+        source=[str(s) for s in specs],
+        root=root,
+        split_id=split_id,
+        num_frames=num_frames,
+        full=full,
+        files=len(found),
+        bytes=size,
+        ok=not any(wrong.values()),
+        counts={k: len(v) for k, v in wrong.items()},
+        splits=_balance(rows, classes),
+        **wrong,
+    )
 
 # %% ../nbs/02_video_data.ipynb #audit-table
-def audit_table(report:dict, # of `audit`
-                most:int=5 # examples of each kind
-               ) -> str:
+def audit_table(
+    report: dict,  # of `audit`
+    most: int = 5,  # examples of each kind
+) -> str:
     "The report as a table, with examples; the dictionary has all."
-    short = lambda p: p if os.path.relpath(p, report['root']).startswith('..') else os.path.relpath(p, report['root'])
-    lines = [f'{report["files"]} files, {report["bytes"]/1e6:,.1f} MB', '',
-             f'{"split":12}{"listed":>8}{"found":>8}{"classes":>9}{"smallest":>10}{"median":>8}{"largest":>9}{"empty":>7}']
-    for name, s in report['splits'].items():
-        lines.append(f'{name:12}{s["files"]:8}{s["found"]:8}{s["classes"]:9}{s["smallest"]:10}{s["median"]:8g}{s["largest"]:9}{len(s["empty"]):7}')
-    texts = dict(missing=lambda p: short(p), undecodable=lambda d: f'{short(d["path"])}: {d["cause"]}', too_short=lambda d: f'{short(d["path"])}: {d["frames"]} frames',
-                 duplicates=lambda g: ' = '.join(map(short, g)),
-                 in_two_splits=lambda d: f'same {d["same"]}: ' + ', '.join(f'{s} {short(p)}' for s, group in d['splits'].items() for p in group))
+    short = lambda p: (
+        p
+        if os.path.relpath(p, report["root"]).startswith("..")
+        else os.path.relpath(p, report["root"])
+    )
+    lines = [
+        f"{report['files']} files, {report['bytes'] / 1e6:,.1f} MB",
+        "",
+        f"{'split':12}{'listed':>8}{'found':>8}{'classes':>9}{'smallest':>10}{'median':>8}{'largest':>9}{'empty':>7}",
+    ]
+    for name, s in report["splits"].items():
+        lines.append(
+            f"{name:12}{s['files']:8}{s['found']:8}{s['classes']:9}{s['smallest']:10}{s['median']:8g}{s['largest']:9}{len(s['empty']):7}"
+        )
+    texts = dict(
+        missing=lambda p: short(p),
+        undecodable=lambda d: f"{short(d['path'])}: {d['cause']}",
+        too_short=lambda d: f"{short(d['path'])}: {d['frames']} frames",
+        duplicates=lambda g: " = ".join(map(short, g)),
+        in_two_splits=lambda d: (
+            f"same {d['same']}: "
+            + ", ".join(f"{s} {short(p)}" for s, group in d["splits"].items() for p in group)
+        ),
+    )
     for kind, text in texts.items():
-        found = report[kind]; lines += ['', f'{kind.replace("_", " "):16}{len(found):6}'] + ['  ' + text(x) for x in found[:most]]
-        if len(found) > most: lines.append(f'  and {len(found) - most} more')
-    how = 'all frames' if report['full'] else f'the first {report["num_frames"]} frames'
-    return '\n'.join(lines + ['', f'decoded {how} of every file: ' + ('nothing is wrong' if report['ok'] else 'something is wrong')])
+        found = report[kind]
+        lines += ["", f"{kind.replace('_', ' '):16}{len(found):6}"] + [
+            "  " + text(x) for x in found[:most]
+        ]
+        if len(found) > most:
+            lines.append(f"  and {len(found) - most} more")
+    how = "all frames" if report["full"] else f"the first {report['num_frames']} frames"
+    return "\n".join(
+        lines
+        + [
+            "",
+            f"decoded {how} of every file: "
+            + ("nothing is wrong" if report["ok"] else "something is wrong"),
+        ]
+    )
 
 # %% ../nbs/02_video_data.ipynb #prepare-frames
 def _shrink(frame, size):
     "Short side to size with antialias, never enlarged, even height and width: (H, W, 3) uint8."
-    x = torch.from_numpy(frame).permute(2, 0, 1)[None]; h, w = x.shape[-2:]; scale = min(1, size/min(h, w))
-    h, w = max(2, round(h*scale)), max(2, round(w*scale))
-    if (h, w) != x.shape[-2:]: x = F.interpolate(x, (h, w), mode='bilinear', antialias=True)
-    return x[0, :, :h//2*2, :w//2*2].permute(1, 2, 0).contiguous().numpy()
+    x = torch.from_numpy(frame).permute(2, 0, 1)[None]
+    h, w = x.shape[-2:]
+    scale = min(1, size / min(h, w))
+    h, w = max(2, round(h * scale)), max(2, round(w * scale))
+    if (h, w) != x.shape[-2:]:
+        x = F.interpolate(x, (h, w), mode="bilinear", antialias=True)
+    return x[0, :, : h // 2 * 2, : w // 2 * 2].permute(1, 2, 0).contiguous().numpy()
+
 
 def _encode(path, frames, rate, crf):
     "Write frames, (H, W, 3) uint8, as H.264; crf None is lossless, in RGB."
     import av
-    codec, form, quality = ('libx264rgb', 'rgb24', dict(qp='0')) if crf is None else ('libx264', 'yuv420p', dict(crf=str(crf)))
-    with av.open(str(path), 'w') as file:
+
+    codec, form, quality = (
+        ("libx264rgb", "rgb24", dict(qp="0"))
+        if crf is None
+        else ("libx264", "yuv420p", dict(crf=str(crf)))
+    )
+    with av.open(str(path), "w") as file:
         stream, converter = None, av.video.reformatter.VideoReformatter()
         for frame in frames:
             if stream is None:
-                stream = file.add_stream(codec, rate=rate, options=dict(preset='veryfast', tune='fastdecode', threads='1', **quality))
+                stream = file.add_stream(
+                    codec,
+                    rate=rate,
+                    options=dict(preset="veryfast", tune="fastdecode", threads="1", **quality),
+                )
                 stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], form
-            file.mux(stream.encode(converter.reformat(av.VideoFrame.from_ndarray(frame, format='rgb24'), format=form)))
+            file.mux(
+                stream.encode(
+                    converter.reformat(
+                        av.VideoFrame.from_ndarray(frame, format="rgb24"), format=form
+                    )
+                )
+            )
         file.mux(stream.encode())
 
 # %% ../nbs/02_video_data.ipynb #prepare-file
 def _prepare_file(job, size, crf):
     "Write the small copy of one video: (cause, full disk?), cause '' if all went well."
-    source, target = map(Path, job); part = target.with_name(f'.{target.name}.part.mp4')
+    source, target = map(Path, job)
+    part = target.with_name(f".{target.name}.part.mp4")
     try:
-        info = probe(source); rate = Fraction(info.fps or 25).limit_denominator(1001)
-        _encode(part, (_shrink(f, size) for f in _frames_pyav(source, range(info.num_frames))), rate, crf)
-        if probe(part).num_frames != info.num_frames: raise ValueError('its copy has another number of frames')
-        part.replace(target); return '', False
-    except InputError as e: return str(e).removeprefix(f'cannot read {source}: '), False
-    except Exception as e: return f'it cannot be copied ({_cause(e)})', errno.errorcode.get(getattr(e, 'errno', None)) in ('ENOSPC', 'EDQUOT', 'EACCES', 'EROFS')
-    finally: part.unlink(missing_ok=True)
+        info = probe(source)
+        rate = Fraction(info.fps or 25).limit_denominator(1001)
+        _encode(
+            part,
+            (_shrink(f, size) for f in _frames_pyav(source, range(info.num_frames))),
+            rate,
+            crf,
+        )
+        if probe(part).num_frames != info.num_frames:
+            raise ValueError("its copy has another number of frames")
+        part.replace(target)
+        return "", False
+    except InputError as e:
+        return str(e).removeprefix(f"cannot read {source}: "), False
+    except Exception as e:
+        return f"it cannot be copied ({_cause(e)})", errno.errorcode.get(
+            getattr(e, "errno", None)
+        ) in ("ENOSPC", "EDQUOT", "EACCES", "EROFS")
+    finally:
+        part.unlink(missing_ok=True)
 
 # %% ../nbs/02_video_data.ipynb #prepare-jobs
 def _prepare_jobs(source, out):
     "(video, its copy) for every video of a source, and (list, its copy) for what lies beside them."
-    kind, root, _ = _parse(source); videos, lists = _ucf101_lists(root); base = root
-    if kind in ('k600', 'csv'): rows, _ = _source_rows(kind, root); files = list(dict.fromkeys(Path(r.path) for r in rows if r.found))
-    else: files = _video_files(videos)
-    if kind == 'csv': base = root.parent if all(root.parent in f.parents for f in files) else root.parent.parent
-    if base.resolve() == out.resolve() or base.resolve() in out.resolve().parents or out.resolve() in base.resolve().parents:
-        raise InputError(f'{out} lies within {base} or around it; name a folder elsewhere')
+    kind, root, _ = _parse(source)
+    videos, lists = _ucf101_lists(root)
+    base = root
+    if kind in ("k600", "csv"):
+        rows, _ = _source_rows(kind, root)
+        files = list(dict.fromkeys(Path(r.path) for r in rows if r.found))
+    else:
+        files = _video_files(videos)
+    if kind == "csv":
+        base = root.parent if all(root.parent in f.parents for f in files) else root.parent.parent
+    if (
+        base.resolve() == out.resolve()
+        or base.resolve() in out.resolve().parents
+        or out.resolve() in base.resolve().parents
+    ):
+        raise InputError(f"{out} lies within {base} or around it; name a folder elsewhere")
     outside = [f for f in files if base not in f.parents]
-    if outside: raise InputError(f'{outside[0]} lies outside of {base}; move the csv to a folder that holds all of its videos')
-    jobs = [(str(f), str(out/f.relative_to(base).with_suffix('.mp4'))) for f in files]; first = {}
+    if outside:
+        raise InputError(
+            f"{outside[0]} lies outside of {base}; move the csv to a folder that holds all of its videos"
+        )
+    jobs = [(str(f), str(out / f.relative_to(base).with_suffix(".mp4"))) for f in files]
+    first = {}
     for f, copy in jobs:
-        if first.setdefault(copy, f) != f: raise InputError(f'{first[copy]} and {f} would get the same name; rename one of them')
-    beside = [(p, out/p.relative_to(base)) for pattern in ('*', 'annotations/*') for p in sorted(base.glob(pattern)) if p.suffix in ('.txt', '.csv', '.npz')]
-    return jobs, beside + [(p, out/lists.name/p.name) for p in sorted(lists.iterdir()) if p.is_file()] if lists else beside
+        if first.setdefault(copy, f) != f:
+            raise InputError(f"{first[copy]} and {f} would get the same name; rename one of them")
+    beside = [
+        (p, out / p.relative_to(base))
+        for pattern in ("*", "annotations/*")
+        for p in sorted(base.glob(pattern))
+        if p.suffix in (".txt", ".csv", ".npz")
+    ]
+    return jobs, beside + [
+        (p, out / lists.name / p.name) for p in sorted(lists.iterdir()) if p.is_file()
+    ] if lists else beside
 
 # %% ../nbs/02_video_data.ipynb #prepare
-def prepare(source:str|Path, # one data set, as in `manifest`
-            out:str|Path, # folder for the copy
-            size:int=128, # short side in pixels
-            crf:int=12, # H.264 quality, smaller is better
-            lossless:bool=False, # exact, in RGB; crf is not used
-            workers:int|None=None, # processes; None: one per core
-            progress=lambda it, **_: it # a tqdm-like wrapper
-           ) -> dict: # settings, numbers of files written and kept, bytes, and the bad ones with causes
+def prepare(
+    source: str | Path,  # one data set, as in `manifest`
+    out: str | Path,  # folder for the copy
+    size: int = 128,  # short side in pixels
+    crf: int = 12,  # H.264 quality, smaller is better
+    lossless: bool = False,  # exact, in RGB; crf is not used
+    workers: int | None = None,  # processes; None: one per core
+    progress=lambda it, **_: it,  # a tqdm-like wrapper
+) -> dict:  # settings, numbers of files written and kept, bytes, and the bad ones with causes
     "Make a small copy of a data set, file by file; called again, it goes on where it was."
-    if size < 2 or not 0 < crf <= 51: raise InputError(f'size is {size} and crf {crf}; size must be at least 2, and crf from 1 to 51')
-    out, settings = Path(out), dict(size=size, crf=None if lossless else crf); note = out/'prepared.json'
+    if size < 2 or not 0 < crf <= 51:
+        raise InputError(
+            f"size is {size} and crf {crf}; size must be at least 2, and crf from 1 to 51"
+        )
+    out, settings = Path(out), dict(size=size, crf=None if lossless else crf)
+    note = out / "prepared.json"
     jobs, beside = _prepare_jobs(source, out)
     try:
-        for folder in {Path(copy).parent for _, copy in [*jobs, *beside]}: folder.mkdir(parents=True, exist_ok=True)
-        try: old = json.loads(note.read_text())['settings'] if note.exists() else settings
-        except (ValueError, KeyError): raise InputError(f'{note} was not written by dera prepare; choose another folder') from None
-        if old != settings: raise InputError(f'{out} holds copies with {old}, not {settings}; choose another folder')
-        for p, copy in beside: shutil.copyfile(p, copy)
+        for folder in {Path(copy).parent for _, copy in [*jobs, *beside]}:
+            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            old = json.loads(note.read_text())["settings"] if note.exists() else settings
+        except (ValueError, KeyError):
+            raise InputError(
+                f"{note} was not written by dera prepare; choose another folder"
+            ) from None
+        if old != settings:
+            raise InputError(
+                f"{out} holds copies with {old}, not {settings}; choose another folder"
+            )
+        for p, copy in beside:
+            shutil.copyfile(p, copy)
         write_atomic(note, json.dumps(dict(settings=settings)))
-    except OSError as e: raise InputError(f'cannot write to {out}: {_cause(e)}; make room or choose another folder') from None
+    except OSError as e:
+        raise InputError(
+            f"cannot write to {out}: {_cause(e)}; make room or choose another folder"
+        ) from None
     todo, bad = [job for job in jobs if not os.path.exists(job[1])], []
-    for job, result in progress(_each(partial(_prepare_file, **settings), todo, workers), desc='preparing', unit='file', total=len(todo)):
-        cause, stop = result or ('the decoder crashes; fetch or convert it again', False)
-        if stop: raise InputError(f'cannot write to {out}: {cause}; make room and give the same command again')
-        if cause: bad.append(dict(path=job[0], cause=cause))
+    for job, result in progress(
+        _each(partial(_prepare_file, **settings), todo, workers),
+        desc="preparing",
+        unit="file",
+        total=len(todo),
+    ):
+        cause, stop = result or ("the decoder crashes; fetch or convert it again", False)
+        if stop:
+            raise InputError(
+                f"cannot write to {out}: {cause}; make room and give the same command again"
+            )
+        if cause:
+            bad.append(dict(path=job[0], cause=cause))
     sizes = [sum(os.path.getsize(f) for f in part if os.path.exists(f)) for part in zip(*jobs)]
-    report = dict(settings=settings, files=len(jobs), written=len(todo) - len(bad), kept=len(jobs) - len(todo), bytes=sizes[0], bytes_copy=sizes[1], bad=bad)
-    write_atomic(note, json.dumps(report, indent=1)); return report
+    report = dict(
+        settings=settings,
+        files=len(jobs),
+        written=len(todo) - len(bad),
+        kept=len(jobs) - len(todo),
+        bytes=sizes[0],
+        bytes_copy=sizes[1],
+        bad=bad,
+    )
+    write_atomic(note, json.dumps(report, indent=1))
+    return report

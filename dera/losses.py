@@ -12,251 +12,391 @@ import math
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch, torch.nn as nn, torch.nn.functional as F
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from einops import rearrange
+
 from .query import Block, Transformer, patchify, sincos_positions
+from .runtime.errors import InputError
 from .teachers import load_teacher
-from .utils import InputError
 
 # %% ../nbs/09_reconstruction_losses.ipynb #wide
-def _wide(x): return x.to(torch.promote_types(x.dtype, torch.float32)) # float32 or wider
+def _wide(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))  # float32 or wider
 
 # %% ../nbs/09_reconstruction_losses.ipynb #lpips
 class LPIPSVGG(nn.Module):
     "LPIPS with VGG-16, the mean over all frames; frozen."
-    def __init__(self, net:nn.Module): # torchmetrics' network, its weights loaded
+
+    def __init__(self, net: nn.Module):  # torchmetrics' network, its weights loaded
         super().__init__()
         self.net = net.requires_grad_(False).eval()
 
-    def forward(self, pred:torch.Tensor, target:torch.Tensor # (B, 3, T, H, W) in [0, 1], 16 x 16 pixels or more
-               ) -> torch.Tensor: # scalar
-        if min(pred.shape[-2:]) < 16: raise InputError(f'LPIPS-VGG needs frames of 16 x 16 pixels or more, these have {tuple(pred.shape[-2:])}')
-        frames = lambda video: rearrange(video, 'b c t h w -> (b t) c h w')
+    def forward(
+        self,
+        pred: torch.Tensor,
+        target: torch.Tensor,  # (B, 3, T, H, W) in [0, 1], 16 x 16 pixels or more
+    ) -> torch.Tensor:  # scalar
+        if min(pred.shape[-2:]) < 16:
+            raise InputError(
+                f"LPIPS-VGG needs frames of 16 x 16 pixels or more, these have {tuple(pred.shape[-2:])}"
+            )
+        frames = lambda video: rearrange(video, "b c t h w -> (b t) c h w")
         return self.net(frames(pred), frames(target), normalize=True).mean()
+
 
 def load_lpips() -> LPIPSVGG:
     "LPIPS-VGG through torchmetrics; never downloads."
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
     from torchvision.models import VGG16_Weights
-    file = Path(torch.hub.get_dir())/'checkpoints'/Path(VGG16_Weights.DEFAULT.url).name
+
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG16_Weights.DEFAULT.url).name
     if not file.is_file():
-        raise InputError(f"LPIPS-vgg needs torchvision's weights at {file}; with a network, run: "
-                         'python -c "import torchvision; torchvision.models.vgg16(weights=\'DEFAULT\')"')
-    try: return LPIPSVGG(LearnedPerceptualImagePatchSimilarity('vgg').net)
-    except Exception as e: raise InputError(f'{file} does not load ({str(e).splitlines()[0]}); delete it and download it again') from None
+        raise InputError(
+            f"LPIPS-vgg needs torchvision's weights at {file}; with a network, run: "
+            "python -c \"import torchvision; torchvision.models.vgg16(weights='DEFAULT')\""
+        )
+    try:
+        return LPIPSVGG(LearnedPerceptualImagePatchSimilarity("vgg").net)
+    except Exception as e:
+        raise InputError(
+            f"{file} does not load ({str(e).splitlines()[0]}); delete it and download it again"
+        ) from None
 
 # %% ../nbs/09_reconstruction_losses.ipynb #load-perceptual
-def load_perceptual(name:str): # `lpips-vgg`, or a teacher for `load_teacher`; returns what `ReconstructionLoss` takes
+def load_perceptual(
+    name: str,
+):  # `lpips-vgg`, or a teacher for `load_teacher`; returns what `ReconstructionLoss` takes
     "The frozen network of the perceptual term."
-    return load_lpips() if name == 'lpips-vgg' else load_teacher(name)
+    return load_lpips() if name == "lpips-vgg" else load_teacher(name)
 
 # %% ../nbs/09_reconstruction_losses.ipynb #perceptual
-def _features(teacher, video): # unit vectors; an image teacher looks at each frame
-    if teacher.modality == 'image': video = rearrange(video, 'b c t h w -> (b t) c 1 h w')
+def _features(teacher, video):  # unit vectors; an image teacher looks at each frame
+    if teacher.modality == "image":
+        video = rearrange(video, "b c t h w -> (b t) c 1 h w")
     return F.normalize(_wide(teacher(video)), dim=-1)
 
-def perceptual_distance(teacher, # a frozen `Teacher`, or what `load_lpips` returns
-                        pred:torch.Tensor, target:torch.Tensor # (B, 3, T, H, W) in [0, 1]
-                       ) -> torch.Tensor: # scalar; in [0, 4] for a teacher
+
+def perceptual_distance(
+    teacher,  # a frozen `Teacher`, or what `load_lpips` returns
+    pred: torch.Tensor,
+    target: torch.Tensor,  # (B, 3, T, H, W) in [0, 1]
+) -> torch.Tensor:  # scalar; in [0, 4] for a teacher
     "Mean squared distance of unit features, or LPIPS; gradients reach `pred` only."
-    if isinstance(teacher, LPIPSVGG): return teacher(pred, target.detach())
-    with torch.no_grad(): goal = _features(teacher, target)
+    if isinstance(teacher, LPIPSVGG):
+        return teacher(pred, target.detach())
+    with torch.no_grad():
+        goal = _features(teacher, target)
     return (_features(teacher, pred) - goal).pow(2).sum(-1).mean()
 
 # %% ../nbs/09_reconstruction_losses.ipynb #reconstruction
 class ReconstructionLoss(nn.Module):
     "l1 + l2_weight * l2 + perceptual_weight * distance in features."
-    def __init__(self, teacher=None, # frozen teacher of the perceptual term, or what `load_lpips` returns
-                 perceptual_weight:float=1.,
-                 l2_weight:float=0.): # not in the paper
-        super().__init__()
-        self.perceptual_weight, self.l2_weight = perceptual_weight if teacher is not None else 0., l2_weight
-        self.perceptual_name = 'lpips_vgg' if isinstance(teacher, LPIPSVGG) else 'perceptual' # of the term in the log
-        self._teacher = [teacher] # in a list: its weights are not ours
 
-    def forward(self, pred:torch.Tensor, target:torch.Tensor # (B, 3, T, H, W)
-               ) -> tuple[torch.Tensor, dict]: # total, and each term by name
+    def __init__(
+        self,
+        teacher=None,  # frozen teacher of the perceptual term, or what `load_lpips` returns
+        perceptual_weight: float = 1.0,
+        l2_weight: float = 0.0,
+    ):  # not in the paper
+        super().__init__()
+        self.perceptual_weight, self.l2_weight = (
+            perceptual_weight if teacher is not None else 0.0,
+            l2_weight,
+        )
+        self.perceptual_name = (
+            "lpips_vgg" if isinstance(teacher, LPIPSVGG) else "perceptual"
+        )  # of the term in the log
+        self._teacher = [teacher]  # in a list: its weights are not ours
+
+    def forward(
+        self,
+        pred: torch.Tensor,
+        target: torch.Tensor,  # (B, 3, T, H, W)
+    ) -> tuple[torch.Tensor, dict]:  # total, and each term by name
         pred, target = _wide(pred), _wide(target)
         terms = dict(l1=(pred - target).abs().mean(), l2=(pred - target).pow(2).mean())
-        total = terms['l1'] + self.l2_weight*terms['l2']
+        total = terms["l1"] + self.l2_weight * terms["l2"]
         if self.perceptual_weight:
-            terms[self.perceptual_name] = distance = perceptual_distance(self._teacher[0], pred, target)
-            total = total + self.perceptual_weight*distance
+            terms[self.perceptual_name] = distance = perceptual_distance(
+                self._teacher[0], pred, target
+            )
+            total = total + self.perceptual_weight * distance
         return total, terms
 
 # %% ../nbs/09_reconstruction_losses.ipynb #discriminator-presets
-_DISCRIMINATORS = dict(paper={}, tiny=dict(num_frames=8, size=32, patch_t=2, dim=96, depth=3, heads=3),
-                       pocket=dict(num_frames=16, size=64, dim=256, depth=4, heads=4))
+_DISCRIMINATORS = dict(
+    paper={},
+    tiny=dict(num_frames=8, size=32, patch_t=2, dim=96, depth=3, heads=3),
+    pocket=dict(num_frames=16, size=64, dim=256, depth=4, heads=4),
+)
 
 # %% ../nbs/09_reconstruction_losses.ipynb #discriminator
 class VideoDiscriminator(nn.Module):
     "A transformer over the patches of a clip and a class token, from which it reads one logit: real or not."
-    def __init__(self, num_frames:int=16, # T
-                 size:int|tuple=128, # H = W in pixels, or (H, W)
-                 patch_t:int=4, patch_p:int=8, # frames and pixels of a patch
-                 dim:int=512, depth:int=12, heads:int=8): # width, blocks, attention heads
+
+    def __init__(
+        self,
+        num_frames: int = 16,  # T
+        size: int | tuple = 128,  # H = W in pixels, or (H, W)
+        patch_t: int = 4,
+        patch_p: int = 8,  # frames and pixels of a patch
+        dim: int = 512,
+        depth: int = 12,
+        heads: int = 8,
+    ):  # width, blocks, attention heads
         super().__init__()
         h, w = size if isinstance(size, (tuple, list)) else (size, size)
         if num_frames % patch_t or h % patch_p or w % patch_p:
-            raise InputError(f'clips of {num_frames} x {h} x {w} do not divide into patches of {patch_t} x {patch_p} x {patch_p}; change either')
+            raise InputError(
+                f"clips of {num_frames} x {h} x {w} do not divide into patches of {patch_t} x {patch_p} x {patch_p}; change either"
+            )
         self.patch_t, self.patch_p, self.shape = patch_t, patch_p, (3, num_frames, h, w)
-        self.register_buffer('positions', sincos_positions((num_frames//patch_t, h//patch_p, w//patch_p), dim), persistent=False)
-        self.embed, self.class_token = nn.Linear(3*patch_t*patch_p**2, dim), nn.Parameter(torch.empty(dim))
+        self.register_buffer(
+            "positions",
+            sincos_positions((num_frames // patch_t, h // patch_p, w // patch_p), dim),
+            persistent=False,
+        )
+        self.embed, self.class_token = (
+            nn.Linear(3 * patch_t * patch_p**2, dim),
+            nn.Parameter(torch.empty(dim)),
+        )
         self.transformer, self.head = Transformer(dim, depth, heads), nn.Linear(dim, 1)
-        nn.init.normal_(self.class_token, std=.02)
+        nn.init.normal_(self.class_token, std=0.02)
         for layer in self.modules():
-            if isinstance(layer, nn.Linear): nn.init.xavier_uniform_(layer.weight); nn.init.zeros_(layer.bias)
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     @classmethod
-    def preset(cls, name:str, # `tiny`, `pocket` or `paper`
-               **changes) -> 'VideoDiscriminator': # arguments to change
+    def preset(
+        cls,
+        name: str,  # `tiny`, `pocket` or `paper`
+        **changes,
+    ) -> "VideoDiscriminator":  # arguments to change
         "A discriminator for a preset of `TokenizerConfig`."
-        if name not in _DISCRIMINATORS: raise InputError(f'unknown preset {name!r}; choose one of {", ".join(_DISCRIMINATORS)}')
+        if name not in _DISCRIMINATORS:
+            raise InputError(f"unknown preset {name!r}; choose one of {', '.join(_DISCRIMINATORS)}")
         return cls(**_DISCRIMINATORS[name] | changes)
 
-    def forward(self, video:torch.Tensor # (B, 3, T, H, W) in [0, 1]
-               ) -> torch.Tensor: # (B,) logits, positive: real
-        if tuple(video.shape[1:]) != self.shape: raise InputError(f'this discriminator takes clips of shape (B, {", ".join(map(str, self.shape))}), got {tuple(video.shape)}')
-        x = self.embed(patchify(2*video - 1, self.patch_t, self.patch_p)) + self.positions
+    def forward(
+        self,
+        video: torch.Tensor,  # (B, 3, T, H, W) in [0, 1]
+    ) -> torch.Tensor:  # (B,) logits, positive: real
+        if tuple(video.shape[1:]) != self.shape:
+            raise InputError(
+                f"this discriminator takes clips of shape (B, {', '.join(map(str, self.shape))}), got {tuple(video.shape)}"
+            )
+        x = self.embed(patchify(2 * video - 1, self.patch_t, self.patch_p)) + self.positions
         x = torch.cat([self.class_token.expand(len(x), 1, -1), x], 1)
         return self.head(self.transformer(x)[:, 0])[:, 0]
 
 # %% ../nbs/09_reconstruction_losses.ipynb #adversarial
-SMOOTHING = .117 # distance of the labels from 0 and 1
+SMOOTHING = 0.117  # distance of the labels from 0 and 1
 
-def generator_loss(fake:torch.Tensor # (B,) logits of reconstructions
-                  ) -> torch.Tensor: # scalar >= 0
+
+def generator_loss(
+    fake: torch.Tensor,  # (B,) logits of reconstructions
+) -> torch.Tensor:  # scalar >= 0
     "Non-saturating: minus the log probability that they are taken for real."
     return F.softplus(-_wide(fake)).mean()
 
-def discriminator_loss(real:torch.Tensor, fake:torch.Tensor, # (B,) logits of clips and of reconstructions
-                       smoothing:float=SMOOTHING # s in [0, 0.5): the labels are 1 - s and s
-                      ) -> torch.Tensor: # scalar > 0
+
+def discriminator_loss(
+    real: torch.Tensor,
+    fake: torch.Tensor,  # (B,) logits of clips and of reconstructions
+    smoothing: float = SMOOTHING,  # s in [0, 0.5): the labels are 1 - s and s
+) -> torch.Tensor:  # scalar > 0
     "Cross-entropy of real against fake, with smoothed labels."
-    if not 0 <= smoothing < .5: raise InputError(f'smoothing is {smoothing}; labels 1 - s and s need 0 <= s < 0.5')
+    if not 0 <= smoothing < 0.5:
+        raise InputError(f"smoothing is {smoothing}; labels 1 - s and s need 0 <= s < 0.5")
     real, fake = _wide(real), _wide(fake)
-    return (F.softplus(real) - (1 - smoothing)*real).mean() + (F.softplus(fake) - smoothing*fake).mean()
+    return (F.softplus(real) - (1 - smoothing) * real).mean() + (
+        F.softplus(fake) - smoothing * fake
+    ).mean()
 
 # %% ../nbs/09_reconstruction_losses.ipynb #frozen
 @contextmanager
 def _frozen(module):
     "Inside, gradients pass through a module but not into its weights."
-    needed = [(p, p.requires_grad) for p in module.parameters()]; module.requires_grad_(False)
-    try: yield
+    needed = [(p, p.requires_grad) for p in module.parameters()]
+    module.requires_grad_(False)
+    try:
+        yield
     finally:
-        for p, need in needed: p.requires_grad_(need)
+        for p, need in needed:
+            p.requires_grad_(need)
 
 # %% ../nbs/09_reconstruction_losses.ipynb #terms
-def adversarial_term(discriminator:nn.Module, # itself, not the wrapper of DistributedDataParallel
-                     fake:torch.Tensor # (B, 3, T, H, W) reconstructions, with their graph
-                    ) -> torch.Tensor: # scalar
+def adversarial_term(
+    discriminator: nn.Module,  # itself, not the wrapper of DistributedDataParallel
+    fake: torch.Tensor,  # (B, 3, T, H, W) reconstructions, with their graph
+) -> torch.Tensor:  # scalar
     "The generator's loss; no gradient reaches the discriminator."
-    with _frozen(discriminator): return generator_loss(discriminator(fake))
+    with _frozen(discriminator):
+        return generator_loss(discriminator(fake))
 
-def discriminator_terms(discriminator:nn.Module, # itself, or its wrapper
-                        real:torch.Tensor, fake:torch.Tensor, # (B, 3, T, H, W) clips and reconstructions
-                        lecam=None, # a `LeCAM`
-                        smoothing:float=SMOOTHING
-                       ) -> tuple[torch.Tensor, dict]: # total, and what to log
+
+def discriminator_terms(
+    discriminator: nn.Module,  # itself, or its wrapper
+    real: torch.Tensor,
+    fake: torch.Tensor,  # (B, 3, T, H, W) clips and reconstructions
+    lecam=None,  # a `LeCAM`
+    smoothing: float = SMOOTHING,
+) -> tuple[torch.Tensor, dict]:  # total, and what to log
     "The discriminator's loss in one forward pass; no gradient reaches the reconstructions."
     real, fake = discriminator(torch.cat([real, fake.detach()])).chunk(2)
-    loss = discriminator_loss(real, fake, smoothing); log = dict(discriminator=loss, logit_real=real.mean(), logit_fake=fake.mean())
-    if lecam is not None: log['lecam'] = lecam(real, fake); loss = loss + log['lecam']
+    loss = discriminator_loss(real, fake, smoothing)
+    log = dict(discriminator=loss, logit_real=real.mean(), logit_fake=fake.mean())
+    if lecam is not None:
+        log["lecam"] = lecam(real, fake)
+        loss = loss + log["lecam"]
     return loss, {k: v.detach() for k, v in log.items()}
 
 # %% ../nbs/09_reconstruction_losses.ipynb #turn
-def discriminator_turn(step:int, # from 0
-                       start:int=0, # first step with a discriminator
-                       every:int=5 # LARP: each fifth step
-                      ) -> bool:
+def discriminator_turn(
+    step: int,  # from 0
+    start: int = 0,  # first step with a discriminator
+    every: int = 5,  # LARP: each fifth step
+) -> bool:
     "Whether the discriminator learns at this step; the generator feels it at each step from `start` on."
     return step >= start and (step - start) % every == 0
 
 # %% ../nbs/09_reconstruction_losses.ipynb #lecam
 class LeCAM(nn.Module):
     "Pulls the logits of one kind of clip towards the running mean of the other kind's."
-    def __init__(self, decay:float=.999, # of the running means, per update of the discriminator
-                 weight:float=.001): # applied once
+
+    def __init__(
+        self,
+        decay: float = 0.999,  # of the running means, per update of the discriminator
+        weight: float = 0.001,
+    ):  # applied once
         super().__init__()
         self.decay, self.weight = decay, weight
-        for kind in 'real', 'fake': self.register_buffer(kind, torch.zeros(()))
+        for kind in "real", "fake":
+            self.register_buffer(kind, torch.zeros(()))
 
-    def forward(self, real:torch.Tensor, fake:torch.Tensor # (B,) logits; under several processes, B the same in each
-               ) -> torch.Tensor: # scalar, weight included
+    def forward(
+        self,
+        real: torch.Tensor,
+        fake: torch.Tensor,  # (B,) logits; under several processes, B the same in each
+    ) -> torch.Tensor:  # scalar, weight included
         real, fake = _wide(real), _wide(fake)
         loss = F.relu(real - self.fake).pow(2).mean() + F.relu(self.real - fake).pow(2).mean()
-        if self.training: self._update(torch.stack([real.detach().mean(), fake.detach().mean()]))
-        return self.weight*loss
+        if self.training:
+            self._update(torch.stack([real.detach().mean(), fake.detach().mean()]))
+        return self.weight * loss
 
-    def _update(self, means): # (2,) of real and fake logits
+    def _update(self, means):  # (2,) of real and fake logits
         "Move the anchors by the mean over all processes, unless it is not finite."
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(means); means = means/torch.distributed.get_world_size()
+            torch.distributed.all_reduce(means)
+            means = means / torch.distributed.get_world_size()
         for anchor, mean in zip((self.real, self.fake), means):
-            anchor.copy_(torch.where(means.isfinite().all(), self.decay*anchor + (1 - self.decay)*mean, anchor))
+            anchor.copy_(
+                torch.where(
+                    means.isfinite().all(), self.decay * anchor + (1 - self.decay) * mean, anchor
+                )
+            )
 
 # %% ../nbs/09_reconstruction_losses.ipynb #prior-block
 class _CausalBlock(Block):
     "A block that looks only back, with dropout."
+
     def __init__(self, dim, heads, dropout):
-        super().__init__(dim, heads); self.dropout = dropout
+        super().__init__(dim, heads)
+        self.dropout = dropout
 
     def forward(self, x):
         drop = lambda x: F.dropout(x, self.dropout, self.training)
-        q, k, v = rearrange(self.qkv(self.norm1(x)), 'b n (k h d) -> k b h n d', k=3, h=self.heads)
-        a = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout*self.training)
-        x = x + drop(self.proj(rearrange(a, 'b h n d -> b n (h d)')))
+        q, k, v = rearrange(self.qkv(self.norm1(x)), "b n (k h d) -> k b h n d", k=3, h=self.heads)
+        a = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, dropout_p=self.dropout * self.training
+        )
+        x = x + drop(self.proj(rearrange(a, "b h n d -> b n (h d)")))
         return x + drop(self.mlp(self.norm2(x)))
 
 # %% ../nbs/09_reconstruction_losses.ipynb #prior
-_PRIORS = dict(paper={}, tiny=dict(num_tokens=64, dim=64, depth=2, heads=2), pocket=dict(num_tokens=256, dim=128, depth=4, heads=4))
+_PRIORS = dict(
+    paper={},
+    tiny=dict(num_tokens=64, dim=64, depth=2, heads=2),
+    pocket=dict(num_tokens=256, dim=128, depth=4, heads=4),
+)
+
 
 class ARPrior(nn.Module):
     "LARP's prior: reads latents in order and predicts the direction of the next."
-    def __init__(self, num_tokens:int=1024, # L
-                 latent_dim:int=16,
-                 dim:int=384, depth:int=12, heads:int=6, # width, blocks, attention heads
-                 dropout:float=.1,
-                 temperature:float=1.): # of the logits
+
+    def __init__(
+        self,
+        num_tokens: int = 1024,  # L
+        latent_dim: int = 16,
+        dim: int = 384,
+        depth: int = 12,
+        heads: int = 6,  # width, blocks, attention heads
+        dropout: float = 0.1,
+        temperature: float = 1.0,
+    ):  # of the logits
         super().__init__()
         self.temperature, self.dropout = temperature, nn.Dropout(dropout)
         self.embed, self.head = nn.Linear(latent_dim, dim), nn.Linear(dim, latent_dim)
         self.positions = nn.Parameter(torch.empty(num_tokens, dim))
-        self.blocks, self.norm = nn.Sequential(*(_CausalBlock(dim, heads, dropout) for _ in range(depth))), nn.LayerNorm(dim)
+        self.blocks, self.norm = (
+            nn.Sequential(*(_CausalBlock(dim, heads, dropout) for _ in range(depth))),
+            nn.LayerNorm(dim),
+        )
         for name, p in self.named_parameters():
-            if p.ndim == 2: nn.init.normal_(p, std=.02)
-            elif name.endswith('bias'): nn.init.zeros_(p)
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
 
     @classmethod
-    def preset(cls, name:str, # `tiny`, `pocket` or `paper`
-               **changes) -> 'ARPrior': # arguments to change
+    def preset(
+        cls,
+        name: str,  # `tiny`, `pocket` or `paper`
+        **changes,
+    ) -> "ARPrior":  # arguments to change
         "A prior for a preset of `TokenizerConfig`."
-        if name not in _PRIORS: raise InputError(f'unknown preset {name!r}; choose one of {", ".join(_PRIORS)}')
+        if name not in _PRIORS:
+            raise InputError(f"unknown preset {name!r}; choose one of {', '.join(_PRIORS)}")
         return cls(**_PRIORS[name] | changes)
 
-    def predict(self, z:torch.Tensor # (B, l, latent_dim), l <= L
-               ) -> torch.Tensor: # (B, l, latent_dim), unit vectors: entry i foretells z[i + 1]
-        x = self.blocks(self.dropout(self.embed(z) + self.positions[:z.shape[1]]))
+    def predict(
+        self,
+        z: torch.Tensor,  # (B, l, latent_dim), l <= L
+    ) -> torch.Tensor:  # (B, l, latent_dim), unit vectors: entry i foretells z[i + 1]
+        x = self.blocks(self.dropout(self.embed(z) + self.positions[: z.shape[1]]))
         return F.normalize(_wide(self.head(self.norm(x))), dim=-1)
 
-    def forward(self, z:torch.Tensor, # (B, L, latent_dim) quantised latents, straight-through
-                indices:torch.Tensor, # (B, L) int64, their codes
-                codebook:torch.Tensor, # (K, latent_dim)
-                sampling:float=0. # probability that the second round reads a sampled code instead of the true one
-               ) -> torch.Tensor: # scalar, cross-entropy in nats
+    def forward(
+        self,
+        z: torch.Tensor,  # (B, L, latent_dim) quantised latents, straight-through
+        indices: torch.Tensor,  # (B, L) int64, their codes
+        codebook: torch.Tensor,  # (K, latent_dim)
+        sampling: float = 0.0,  # probability that the second round reads a sampled code instead of the true one
+    ) -> torch.Tensor:  # scalar, cross-entropy in nats
         "Mean over two rounds: from true latents, then from latents some of which the first round has sampled."
         if indices is None or z.shape[1] != len(self.positions):
-            raise InputError(f'this prior reads {len(self.positions)} quantised tokens a clip, got {z.shape[1]}{" without indices" if indices is None else ""}')
-        codebook = F.normalize(_wide(codebook.detach()), dim=-1); goal = indices[:, 1:].flatten()
-        logits = _code_logits(self, z, codebook); loss = F.cross_entropy(logits, goal)
-        if not sampling: return loss
+            raise InputError(
+                f"this prior reads {len(self.positions)} quantised tokens a clip, got {z.shape[1]}{' without indices' if indices is None else ''}"
+            )
+        codebook = F.normalize(_wide(codebook.detach()), dim=-1)
+        goal = indices[:, 1:].flatten()
+        logits = _code_logits(self, z, codebook)
+        loss = F.cross_entropy(logits, goal)
+        if not sampling:
+            return loss
         z = _mix(z, logits.detach(), codebook, sampling)
-        return (loss + F.cross_entropy(_code_logits(self, z, codebook), goal))/2
+        return (loss + F.cross_entropy(_code_logits(self, z, codebook), goal)) / 2
 
 # %% ../nbs/09_reconstruction_losses.ipynb #prior-rounds
-def _code_logits(prior, z, codebook): # (B, L, D), (K, D) -> (B (L - 1), K), in float32
+def _code_logits(prior, z, codebook):  # (B, L, D), (K, D) -> (B (L - 1), K), in float32
     prediction = prior.predict(z[:, :-1]).flatten(0, 1)
-    with torch.autocast(z.device.type, enabled=False): return prediction@codebook.T/prior.temperature
+    with torch.autocast(z.device.type, enabled=False):
+        return prediction @ codebook.T / prior.temperature
+
 
 def _mix(z, logits, codebook, sampling):
     "Replace latents, not the first one, by codes drawn from the logits."
@@ -265,21 +405,27 @@ def _mix(z, logits, codebook, sampling):
     return torch.cat([z[:, :1], torch.where(replace, drawn.to(z), z[:, 1:])], 1)
 
 # %% ../nbs/09_reconstruction_losses.ipynb #schedule
-def scheduled_sampling(step:int, steps:int, # now, and of the whole training
-                       peak:float=.5, # highest probability
-                       ramp:float=.3 # share of the training after which it is reached
-                      ) -> float: # in [0, peak]
+def scheduled_sampling(
+    step: int,
+    steps: int,  # now, and of the whole training
+    peak: float = 0.5,  # highest probability
+    ramp: float = 0.3,  # share of the training after which it is reached
+) -> float:  # in [0, peak]
     "Probability of reading a sampled code: a straight line up, then constant."
-    return peak if step >= ramp*steps else peak*step/(ramp*steps)
+    return peak if step >= ramp * steps else peak * step / (ramp * steps)
 
 # %% ../nbs/09_reconstruction_losses.ipynb #total
-def total_loss(reconstruction:torch.Tensor, # of `ReconstructionLoss`
-               quantizer:torch.Tensor, # codebook + 0.25 commitment
-               generator:torch.Tensor|None=None, # of `adversarial_term`; None before its start
-               prior:torch.Tensor|None=None, # of `ARPrior`; None for DeRA
-               quantizer_weight:float=.1, generator_weight:float=.3, prior_weight:float=.06
-              ) -> torch.Tensor: # scalar
+def total_loss(
+    reconstruction: torch.Tensor,  # of `ReconstructionLoss`
+    quantizer: torch.Tensor,  # codebook + 0.25 commitment
+    generator: torch.Tensor | None = None,  # of `adversarial_term`; None before its start
+    prior: torch.Tensor | None = None,  # of `ARPrior`; None for DeRA
+    quantizer_weight: float = 0.1,
+    generator_weight: float = 0.3,
+    prior_weight: float = 0.06,
+) -> torch.Tensor:  # scalar
     "L_0."
-    total = reconstruction + quantizer_weight*quantizer
-    if generator is not None: total = total + generator_weight*generator
-    return total if prior is None else total + prior_weight*prior
+    total = reconstruction + quantizer_weight * quantizer
+    if generator is not None:
+        total = total + generator_weight * generator
+    return total if prior is None else total + prior_weight * prior

@@ -12,203 +12,329 @@ __all__ = ['PROTOCOLS', 'psnr', 'baselines', 'ssim', 'lpips', 'GaussianStats', '
            'evaluate_tokenizer', 'evaluate_generator', 'evaluate_prediction']
 
 # %% ../nbs/13_evaluation.ipynb #imports
-import hashlib, io, json, math, os, re, warnings
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np, torch, torch.nn.functional as F
+import numpy as np
+import torch
+import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
-from .pocket import MOTIONS, SHAPES, Factors, _MOTION_FACTORS, _RANGES, held_out, render, sample_factors
+
+from dera.pocket import (
+    _MOTION_FACTORS,
+    _RANGES,
+    MOTIONS,
+    SHAPES,
+    Factors,
+    held_out,
+    render,
+    sample_factors,
+)
 from .query import num_appearance_codes
-from .utils import InputError, RunFolder, checkpoint_path, environment, load_model, write_atomic
+from .runtime.checkpoints import checkpoint_path, load_model
+from .runtime.errors import InputError
+from .runtime.run_folder import RunFolder, environment, write_atomic
 
 # %% ../nbs/13_evaluation.ipynb #check
-def _check(**videos): # name -> (B, 3, T, H, W) in [0, 1]
+def _check(**videos):  # name -> (B, 3, T, H, W) in [0, 1]
     "Refuse what is no video; several must have one shape."
     shapes = {k: tuple(v.shape) for k, v in videos.items()}
     for name, video in videos.items():
         if video.dim() != 5 or not video.numel() or video.shape[1] != 3:
-            raise InputError(f'{name} has shape {shapes[name]}; a non-empty video (B, 3, T, H, W) is needed')
-        if not video.isfinite().all(): raise InputError(f'{name} holds NaN or infinite values; look at the model that made it')
+            raise InputError(
+                f"{name} has shape {shapes[name]}; a non-empty video (B, 3, T, H, W) is needed"
+            )
+        if not video.isfinite().all():
+            raise InputError(f"{name} holds NaN or infinite values; look at the model that made it")
         low, high = video.min().item(), video.max().item()
-        if low < -1e-3 or high > 1.001: raise InputError(f'{name} reaches from {low:.4g} to {high:.4g}; scale or clamp it to [0, 1]')
-    if len(set(shapes.values())) > 1: raise InputError(f'shapes differ: {", ".join(f"{k} {s}" for k, s in shapes.items())}; compare equal clips')
+        if low < -1e-3 or high > 1.001:
+            raise InputError(
+                f"{name} reaches from {low:.4g} to {high:.4g}; scale or clamp it to [0, 1]"
+            )
+    if len(set(shapes.values())) > 1:
+        raise InputError(
+            f"shapes differ: {', '.join(f'{k} {s}' for k, s in shapes.items())}; compare equal clips"
+        )
 
 # %% ../nbs/13_evaluation.ipynb #psnr
-def psnr(a:torch.Tensor, # (B, 3, T, H, W) in [0, 1]
-         b:torch.Tensor, # same shape
-         per_clip:bool=False # one value a clip instead of one in all
-        ) -> float|torch.Tensor: # decibels, inf for equal videos; (B,) float64 if `per_clip`
+def psnr(
+    a: torch.Tensor,  # (B, 3, T, H, W) in [0, 1]
+    b: torch.Tensor,  # same shape
+    per_clip: bool = False,  # one value a clip instead of one in all
+) -> float | torch.Tensor:  # decibels, inf for equal videos; (B,) float64 if `per_clip`
     "Peak signal-to-noise ratio of the mean squared error over all clips."
     _check(a=a, b=b)
     error = (a.detach().double() - b.detach().double()).pow(2).mean((1, 2, 3, 4))
-    return -10*error.log10() if per_clip else -10*error.mean().log10().item()
+    return -10 * error.log10() if per_clip else -10 * error.mean().log10().item()
 
 # %% ../nbs/13_evaluation.ipynb #baselines
-def baselines(video:torch.Tensor # (B, 3, T, H, W) in [0, 1]
-             ) -> dict: # PSNR of two still pictures
+def baselines(
+    video: torch.Tensor,  # (B, 3, T, H, W) in [0, 1]
+) -> dict:  # PSNR of two still pictures
     "What a still picture reaches: the first frame, and the temporal mean, which is the best one."
-    return dict(first_frame=psnr(video, video[:, :, :1].expand_as(video)),
-                temporal_mean=psnr(video, video.mean(2, keepdim=True).expand_as(video)))
+    return dict(
+        first_frame=psnr(video, video[:, :, :1].expand_as(video)),
+        temporal_mean=psnr(video, video.mean(2, keepdim=True).expand_as(video)),
+    )
 
 # %% ../nbs/13_evaluation.ipynb #ssim
-def ssim(a:torch.Tensor, # (B, 3, T, H, W) in [0, 1]
-         b:torch.Tensor, # same shape
-         per_clip:bool=False # one value a clip instead of one in all
-        ) -> float|torch.Tensor: # 1 for equal videos; (B,) float64 if `per_clip`
+def ssim(
+    a: torch.Tensor,  # (B, 3, T, H, W) in [0, 1]
+    b: torch.Tensor,  # same shape
+    per_clip: bool = False,  # one value a clip instead of one in all
+) -> float | torch.Tensor:  # 1 for equal videos; (B,) float64 if `per_clip`
     "Structural similarity, the mean over all frames."
     from torchmetrics.functional.image import structural_similarity_index_measure as score
+
     _check(a=a, b=b)
-    if min(a.shape[-2:]) < 11: raise InputError(f'SSIM needs frames of 11 x 11 pixels or more, these have {tuple(a.shape[-2:])}')
+    if min(a.shape[-2:]) < 11:
+        raise InputError(
+            f"SSIM needs frames of 11 x 11 pixels or more, these have {tuple(a.shape[-2:])}"
+        )
     frames = lambda clip: clip.detach().float().transpose(0, 1)
-    each = torch.tensor([score(frames(x), frames(y), data_range=1.).item() for x, y in zip(a, b)], dtype=torch.float64)
+    each = torch.tensor(
+        [score(frames(x), frames(y), data_range=1.0).item() for x, y in zip(a, b)],
+        dtype=torch.float64,
+    )
     return each if per_clip else each.mean().item()
 
 # %% ../nbs/13_evaluation.ipynb #lpips
-_LPIPS = dict(alex='alexnet AlexNet', vgg='vgg16 VGG16', squeeze='squeezenet1_1 SqueezeNet1_1')
+_LPIPS = dict(alex="alexnet AlexNet", vgg="vgg16 VGG16", squeeze="squeezenet1_1 SqueezeNet1_1")
 
-def lpips(a:torch.Tensor, # (B, 3, T, H, W) in [0, 1]
-          b:torch.Tensor, # same shape
-          net:str='alex', # `alex`, `vgg` or `squeeze`
-          per_clip:bool=False # one value a clip instead of one in all
-         ) -> float|torch.Tensor: # 0 for equal videos; (B,) float64 if `per_clip`
+
+def lpips(
+    a: torch.Tensor,  # (B, 3, T, H, W) in [0, 1]
+    b: torch.Tensor,  # same shape
+    net: str = "alex",  # `alex`, `vgg` or `squeeze`
+    per_clip: bool = False,  # one value a clip instead of one in all
+) -> float | torch.Tensor:  # 0 for equal videos; (B,) float64 if `per_clip`
     "Learned perceptual distance, the mean over all frames; never downloads."
     import torchvision
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-    if net not in _LPIPS: raise InputError(f'unknown LPIPS network {net!r}; choose one of {", ".join(_LPIPS)}')
+
+    if net not in _LPIPS:
+        raise InputError(f"unknown LPIPS network {net!r}; choose one of {', '.join(_LPIPS)}")
     model, weights = _LPIPS[net].split()
-    url = getattr(torchvision.models, f'{weights}_Weights').DEFAULT.url
-    file = Path(torch.hub.get_dir())/'checkpoints'/url.rsplit('/', 1)[-1]
+    url = getattr(torchvision.models, f"{weights}_Weights").DEFAULT.url
+    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if not file.exists():
-        raise InputError(f"LPIPS-{net} needs torchvision's weights at {file}; with a network, run: "
-                         f'python -c "import torchvision; torchvision.models.{model}(weights=\'DEFAULT\')"')
+        raise InputError(
+            f"LPIPS-{net} needs torchvision's weights at {file}; with a network, run: "
+            f"python -c \"import torchvision; torchvision.models.{model}(weights='DEFAULT')\""
+        )
     _check(a=a, b=b)
     score = LearnedPerceptualImagePatchSimilarity(net, normalize=True).to(a.device)
     frames = lambda clip: clip.detach().float().clamp(0, 1).transpose(0, 1)
-    def one(x, y): score.reset(); score.update(frames(x), frames(y)); return score.compute().item()
+
+    def one(x, y):
+        score.reset()
+        score.update(frames(x), frames(y))
+        return score.compute().item()
+
     each = torch.tensor([one(x, y) for x, y in zip(a, b)], dtype=torch.float64)
     return each if per_clip else each.mean().item()
 
 # %% ../nbs/13_evaluation.ipynb #same-source
 def _same_source(a, b):
     "Refuse features of two extractors."
-    if a and b and a != b: raise InputError(f'features of {a} and of {b} cannot be compared; use one extractor for both sets')
+    if a and b and a != b:
+        raise InputError(
+            f"features of {a} and of {b} cannot be compared; use one extractor for both sets"
+        )
 
 # %% ../nbs/13_evaluation.ipynb #stats
 class GaussianStats:
     "Count, mean and scatter of feature vectors in float64, batch by batch."
-    def __init__(self, source:str=''): # what made the features; those of two sources are not mixed
+
+    def __init__(
+        self, source: str = ""
+    ):  # what made the features; those of two sources are not mixed
         self.n, self.mean, self.scatter, self.source = 0, None, None, source
 
-    def update(self, x:torch.Tensor # (B, D) features
-              ) -> 'GaussianStats':
+    def update(
+        self,
+        x: torch.Tensor,  # (B, D) features
+    ) -> "GaussianStats":
         "Add a batch."
-        if x.dim() != 2 or not len(x): raise InputError(f'features have shape {tuple(x.shape)}; (B, D) with B > 0 is needed')
-        if not x.isfinite().all(): raise InputError('features hold NaN or infinite values; look at the videos and the extractor')
-        part = GaussianStats(); x = x.detach().double().cpu()
-        part.n, part.mean = len(x), x.mean(0); part.scatter = (x - part.mean).T@(x - part.mean)
+        if x.dim() != 2 or not len(x):
+            raise InputError(f"features have shape {tuple(x.shape)}; (B, D) with B > 0 is needed")
+        if not x.isfinite().all():
+            raise InputError(
+                "features hold NaN or infinite values; look at the videos and the extractor"
+            )
+        part = GaussianStats()
+        x = x.detach().double().cpu()
+        part.n, part.mean = len(x), x.mean(0)
+        part.scatter = (x - part.mean).T @ (x - part.mean)
         return self.merge(part)
 
-    def merge(self, other:'GaussianStats' # of other samples, e.g. another process's
-             ) -> 'GaussianStats':
+    def merge(
+        self,
+        other: "GaussianStats",  # of other samples, e.g. another process's
+    ) -> "GaussianStats":
         "Add another set's statistics."
         _same_source(self.source, other.source)
-        if not other.n: return self
-        if not self.n: self.n, self.mean, self.scatter = other.n, other.mean, other.scatter; return self
+        if not other.n:
+            return self
+        if not self.n:
+            self.n, self.mean, self.scatter = other.n, other.mean, other.scatter
+            return self
         if self.mean.shape != other.mean.shape:
-            raise InputError(f'features of {len(self.mean)} and {len(other.mean)} dimensions cannot be mixed; use one extractor')
+            raise InputError(
+                f"features of {len(self.mean)} and {len(other.mean)} dimensions cannot be mixed; use one extractor"
+            )
         n, delta = self.n + other.n, other.mean - self.mean
-        self.mean = self.mean + delta*(other.n/n)
-        self.scatter = self.scatter + other.scatter + torch.outer(delta, delta)*(self.n*other.n/n)
+        self.mean = self.mean + delta * (other.n / n)
+        self.scatter = (
+            self.scatter + other.scatter + torch.outer(delta, delta) * (self.n * other.n / n)
+        )
         self.n = n
         return self
 
-    def finish(self) -> tuple: # mean (D,), covariance (D, D)
+    def finish(self) -> tuple:  # mean (D,), covariance (D, D)
         "Mean and unbiased covariance."
-        if self.n < 2: raise InputError(f'{self.n} samples have no covariance; give at least 2')
-        return self.mean, self.scatter/(self.n - 1)
+        if self.n < 2:
+            raise InputError(f"{self.n} samples have no covariance; give at least 2")
+        return self.mean, self.scatter / (self.n - 1)
 
 # %% ../nbs/13_evaluation.ipynb #root
 def _root(cov):
     "Symmetric square root of a covariance."
-    if not torch.allclose(cov, cov.T, rtol=1e-6, atol=1e-9*float(cov.abs().max())): raise InputError('a covariance must be symmetric')
-    values, vectors = torch.linalg.eigh((cov + cov.T)/2)
-    if values[0] < -1e-6*values[-1].abs(): raise InputError(f'a covariance must have no negative eigenvalue, this has {values[0]:.3g}')
-    return (vectors*values.clamp(min=0).sqrt())@vectors.T
+    if not torch.allclose(cov, cov.T, rtol=1e-6, atol=1e-9 * float(cov.abs().max())):
+        raise InputError("a covariance must be symmetric")
+    values, vectors = torch.linalg.eigh((cov + cov.T) / 2)
+    if values[0] < -1e-6 * values[-1].abs():
+        raise InputError(f"a covariance must have no negative eigenvalue, this has {values[0]:.3g}")
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 # %% ../nbs/13_evaluation.ipynb #frechet
-def frechet_distance(mu1:torch.Tensor, # (D,) mean
-                     cov1:torch.Tensor, # (D, D) covariance
-                     mu2:torch.Tensor, # (D,)
-                     cov2:torch.Tensor # (D, D)
-                    ) -> float: # squared distance, as FID and FVD report it; >= 0
+def frechet_distance(
+    mu1: torch.Tensor,  # (D,) mean
+    cov1: torch.Tensor,  # (D, D) covariance
+    mu2: torch.Tensor,  # (D,)
+    cov2: torch.Tensor,  # (D, D)
+) -> float:  # squared distance, as FID and FVD report it; >= 0
     "Frechet distance between two Gaussians, in float64."
-    mu1, cov1, mu2, cov2 = (torch.as_tensor(v).detach().double().cpu() for v in (mu1, cov1, mu2, cov2))
+    mu1, cov1, mu2, cov2 = (
+        torch.as_tensor(v).detach().double().cpu() for v in (mu1, cov1, mu2, cov2)
+    )
     d = len(mu1) if mu1.dim() else 0
     if not d or mu2.shape != (d,) or cov1.shape != (d, d) or cov2.shape != (d, d):
-        raise InputError(f'means {tuple(mu1.shape)}, {tuple(mu2.shape)} and covariances {tuple(cov1.shape)}, {tuple(cov2.shape)} '
-                         'do not fit; (D,) and (D, D) of one D are needed')
-    if not all(v.isfinite().all() for v in (mu1, cov1, mu2, cov2)): raise InputError('means and covariances must be finite; NaN or inf found')
-    trace_root = torch.linalg.svdvals(_root(cov1)@_root(cov2)).sum()
-    return max(0., ((mu1 - mu2).pow(2).sum() + cov1.trace() + cov2.trace() - 2*trace_root).item())
+        raise InputError(
+            f"means {tuple(mu1.shape)}, {tuple(mu2.shape)} and covariances {tuple(cov1.shape)}, {tuple(cov2.shape)} "
+            "do not fit; (D,) and (D, D) of one D are needed"
+        )
+    if not all(v.isfinite().all() for v in (mu1, cov1, mu2, cov2)):
+        raise InputError("means and covariances must be finite; NaN or inf found")
+    trace_root = torch.linalg.svdvals(_root(cov1) @ _root(cov2)).sum()
+    return max(
+        0.0, ((mu1 - mu2).pow(2).sum() + cov1.trace() + cov2.trace() - 2 * trace_root).item()
+    )
 
 # %% ../nbs/13_evaluation.ipynb #frozen
 @contextmanager
 def _frozen(model):
     "No gradients, evaluation mode, and the mode restored."
-    training = getattr(model, 'training', False)
-    if training: model.eval()
+    training = getattr(model, "training", False)
+    if training:
+        model.eval()
     try:
-        with torch.no_grad(): yield model
+        with torch.no_grad():
+            yield model
     finally:
-        if training: model.train()
+        if training:
+            model.train()
 
 # %% ../nbs/13_evaluation.ipynb #name
 def _score_name(extractor, n, d):
     "What a score is called: FVD only with I3D, and with a warning where samples are too few."
-    kind = 'FVD' if extractor.startswith('i3d@') else 'frechet'
-    return f'{kind}[{extractor}' + (f', only {n} samples for {d} dimensions]' if n < d else ']')
+    kind = "FVD" if extractor.startswith("i3d@") else "frechet"
+    return f"{kind}[{extractor}" + (f", only {n} samples for {d} dimensions]" if n < d else "]")
+
 
 def _distance(real, fake, allow_few=False):
     "Frechet distance of two `GaussianStats`."
-    _same_source(real.source, fake.source); (m1, c1), (m2, c2) = real.finish(), fake.finish()
-    if len(m1) != len(m2): raise InputError(f'features of {len(m1)} and {len(m2)} dimensions cannot be compared; use one extractor for both sets')
-    for name, cov in ('real', c1), ('fake', c2):
-        if not cov.trace() > 0: raise InputError(f'all {name} clips have the same features; look whether the clips are constant or all the same')
+    _same_source(real.source, fake.source)
+    (m1, c1), (m2, c2) = real.finish(), fake.finish()
+    if len(m1) != len(m2):
+        raise InputError(
+            f"features of {len(m1)} and {len(m2)} dimensions cannot be compared; use one extractor for both sets"
+        )
+    for name, cov in ("real", c1), ("fake", c2):
+        if not cov.trace() > 0:
+            raise InputError(
+                f"all {name} clips have the same features; look whether the clips are constant or all the same"
+            )
     n = min(real.n, fake.n)
     if n < len(m1) and not allow_few:
-        raise InputError(f'{n} samples cannot fill {len(m1)} feature dimensions; add clips, or ask for the number with allow_few')
+        raise InputError(
+            f"{n} samples cannot fill {len(m1)} feature dimensions; add clips, or ask for the number with allow_few"
+        )
     return frechet_distance(m1, c1, m2, c2)
 
 # %% ../nbs/13_evaluation.ipynb #fvd
 class FrechetVideoDistance:
     "Frechet distance between real and fake videos in the features of an extractor."
-    def __init__(self, extractor, # video -> (B, N, D) tokens, averaged over N, or (B, D); or a name for `load_extractor`
-                 name:str|None=None): # of the extractor; default: its own `name`
-        self.extractor = extractor = load_extractor(extractor) if isinstance(extractor, str) else extractor
-        self.extractor_name = name or getattr(extractor, 'name', type(extractor).__name__)
-        self.real, self.fake, self.shape = GaussianStats(self.extractor_name), GaussianStats(self.extractor_name), None
+
+    def __init__(
+        self,
+        extractor,  # video -> (B, N, D) tokens, averaged over N, or (B, D); or a name for `load_extractor`
+        name: str | None = None,
+    ):  # of the extractor; default: its own `name`
+        self.extractor = extractor = (
+            load_extractor(extractor) if isinstance(extractor, str) else extractor
+        )
+        self.extractor_name = name or getattr(extractor, "name", type(extractor).__name__)
+        self.real, self.fake, self.shape = (
+            GaussianStats(self.extractor_name),
+            GaussianStats(self.extractor_name),
+            None,
+        )
 
     @property
     def name(self) -> str:
         "The score's name: the extractor, and a warning where samples are too few."
-        return _score_name(self.extractor_name, min(self.real.n, self.fake.n), len(self.real.mean if self.real.n else []))
+        return _score_name(
+            self.extractor_name,
+            min(self.real.n, self.fake.n),
+            len(self.real.mean if self.real.n else []),
+        )
 
-    def update(self, real:torch.Tensor|None=None, # (B, 3, T, H, W) in [0, 1]
-               fake:torch.Tensor|None=None): # same, of any other number
+    def update(
+        self,
+        real: torch.Tensor | None = None,  # (B, 3, T, H, W) in [0, 1]
+        fake: torch.Tensor | None = None,
+    ):  # same, of any other number
         "Add videos to either set."
-        for stats, name, video in (self.real, 'real', real), (self.fake, 'fake', fake):
-            if video is None: continue
-            _check(**{name: video}); _check_pictures(name, video); shape = tuple(video.shape[1:])
-            if self.shape and shape != self.shape: raise InputError(f'{name} has clips of shape {shape}, before they had {self.shape}; bring both sets to one size and frame count')
-            with _frozen(self.extractor): features = self.extractor(video)
-            stats.update(features.mean(1) if features.dim() == 3 else features); self.shape = shape
+        for stats, name, video in (self.real, "real", real), (self.fake, "fake", fake):
+            if video is None:
+                continue
+            _check(**{name: video})
+            _check_pictures(name, video)
+            shape = tuple(video.shape[1:])
+            if self.shape and shape != self.shape:
+                raise InputError(
+                    f"{name} has clips of shape {shape}, before they had {self.shape}; bring both sets to one size and frame count"
+                )
+            with _frozen(self.extractor):
+                features = self.extractor(video)
+            stats.update(features.mean(1) if features.dim() == 3 else features)
+            self.shape = shape
 
-    def compute(self, allow_few:bool=False # score sets with fewer samples than feature dimensions too
-               ) -> float: # >= 0, smaller is closer
+    def compute(
+        self,
+        allow_few: bool = False,  # score sets with fewer samples than feature dimensions too
+    ) -> float:  # >= 0, smaller is closer
         "The distance between the two sets seen so far."
         return _distance(self.real, self.fake, allow_few)
 
@@ -216,420 +342,749 @@ class FrechetVideoDistance:
 def _check_pictures(name, video):
     "Refuse a batch in which no clip shows anything."
     flat = (video.amax((1, 2, 3, 4)) - video.amin((1, 2, 3, 4))) == 0
-    if len(video) > 1 and flat.all(): raise InputError(f'{name}: every pixel of every clip has one value; look at the model that made them')
+    if len(video) > 1 and flat.all():
+        raise InputError(
+            f"{name}: every pixel of every clip has one value; look at the model that made them"
+        )
 
 # %% ../nbs/13_evaluation.ipynb #video-distance
-def video_distance(real:torch.Tensor, fake:torch.Tensor, # (N, 3, T, H, W) and (M, 3, T, H, W) in [0, 1]
-                   extractor # as in `FrechetVideoDistance`
-                  ) -> tuple: # name of the score, distance
+def video_distance(
+    real: torch.Tensor,
+    fake: torch.Tensor,  # (N, 3, T, H, W) and (M, 3, T, H, W) in [0, 1]
+    extractor,  # as in `FrechetVideoDistance`
+) -> tuple:  # name of the score, distance
     "Frechet distance between two sets of clips, 100 clips at a time."
     score = FrechetVideoDistance(extractor)
-    for clips in real.split(100): score.update(real=clips)
-    for clips in fake.split(100): score.update(fake=clips)
+    for clips in real.split(100):
+        score.update(real=clips)
+    for clips in fake.split(100):
+        score.update(fake=clips)
     return score.name, score.compute()
 
 # %% ../nbs/13_evaluation.ipynb #extractor
 class Extractor:
     "Features of videos under a name that tells them from all others."
-    def __init__(self, features, # (B, 3, T, H, W) in [0, 1] -> (B, D)
-                 name:str, # of the network
-                 fingerprint:str, # of its weights
-                 note:str=''): # what it does to a clip before it looks
-        self.features, self.name, self.note = features, f'{name}@{fingerprint}', note
+
+    def __init__(
+        self,
+        features,  # (B, 3, T, H, W) in [0, 1] -> (B, D)
+        name: str,  # of the network
+        fingerprint: str,  # of its weights
+        note: str = "",
+    ):  # what it does to a clip before it looks
+        self.features, self.name, self.note = features, f"{name}@{fingerprint}", note
 
     @torch.no_grad()
-    def __call__(self, video): return self.features(video).float()
+    def __call__(self, video):
+        return self.features(video).float()
 
 # %% ../nbs/13_evaluation.ipynb #i3d
-_I3D = dict(url='https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1', sha256='bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2')
+_I3D = dict(
+    url="https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1",
+    sha256="bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2",
+)
+
 
 def _sha256(path):
     digest = hashlib.sha256()
-    with open(path, 'rb') as f:
-        for block in iter(lambda: f.read(1 << 20), b''): digest.update(block)
+    with open(path, "rb") as f:
+        for block in iter(lambda: f.read(1 << 20), b""):
+            digest.update(block)
     return digest.hexdigest()
 
-def load_i3d(path:str|Path|None=None, # the TorchScript file; default: $DERA_I3D, else torch's cache
-             sha256:str=_I3D['sha256'], # it must have this hash: TorchScript is code
-             download:bool=False, # fetch it if it is absent (51 MB)
-             device:str='cpu') -> Extractor: # (B, 400) features before the softmax
+
+def load_i3d(
+    path: str | Path | None = None,  # the TorchScript file; default: $DERA_I3D, else torch's cache
+    sha256: str = _I3D["sha256"],  # it must have this hash: TorchScript is code
+    download: bool = False,  # fetch it if it is absent (51 MB)
+    device: str = "cpu",
+) -> Extractor:  # (B, 400) features before the softmax
     "StyleGAN-V's I3D, after a check of its hash."
-    file = Path(path or os.environ.get('DERA_I3D') or Path(torch.hub.get_dir())/'checkpoints'/'i3d_torchscript.pt')
+    file = Path(
+        path
+        or os.environ.get("DERA_I3D")
+        or Path(torch.hub.get_dir()) / "checkpoints" / "i3d_torchscript.pt"
+    )
     if not file.is_file() and not download:
-        raise InputError(f'I3D needs the file {file}; fetch {_I3D["url"]} to that place, name another in $DERA_I3D, or allow download=True (dera evaluate --download)')
+        raise InputError(
+            f"I3D needs the file {file}; fetch {_I3D['url']} to that place, name another in $DERA_I3D, or allow download=True (dera evaluate --download)"
+        )
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        try: torch.hub.download_url_to_file(_I3D['url'], str(file), sha256[:16])
-        except Exception as e: raise InputError(f'I3D could not be fetched ({str(e).splitlines()[0]}); put the file at {file} yourself') from None
+        try:
+            torch.hub.download_url_to_file(_I3D["url"], str(file), sha256[:16])
+        except Exception as e:
+            raise InputError(
+                f"I3D could not be fetched ({str(e).splitlines()[0]}); put the file at {file} yourself"
+            ) from None
     found = _sha256(file)
-    if found != sha256: raise InputError(f'{file} has the SHA-256 {found[:16]}..., not {sha256[:16]}...; it is code and is not opened: fetch it again')
-    with warnings.catch_warnings(): warnings.simplefilter('ignore', FutureWarning); net = torch.jit.load(str(file), map_location=device).eval()
-    def features(video): # takes [-1, 1]
-        if video.shape[2] < 10: raise InputError(f'I3D halves the time often and needs 10 frames or more, these clips have {video.shape[2]}; take another extractor')
-        return net(2*video.float() - 1, rescale=False, resize=True, return_features=True)
-    return Extractor(features, 'i3d', found[:8], 'the extractor resizes to 224 x 224')
+    if found != sha256:
+        raise InputError(
+            f"{file} has the SHA-256 {found[:16]}..., not {sha256[:16]}...; it is code and is not opened: fetch it again"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        net = torch.jit.load(str(file), map_location=device).eval()
+
+    def features(video):  # takes [-1, 1]
+        if video.shape[2] < 10:
+            raise InputError(
+                f"I3D halves the time often and needs 10 frames or more, these clips have {video.shape[2]}; take another extractor"
+            )
+        return net(2 * video.float() - 1, rescale=False, resize=True, return_features=True)
+
+    return Extractor(features, "i3d", found[:8], "the extractor resizes to 224 x 224")
 
 # %% ../nbs/13_evaluation.ipynb #load-extractor
-def load_extractor(name:str='pocket-video', # `i3d`, `videomae`, or a video teacher of `dera.teachers`
-                   path:str|Path|None=None, # weights; default: where they are looked for
-                   download:bool=False, # of I3D
-                   device:str='cpu') -> Extractor:
+def load_extractor(
+    name: str = "pocket-video",  # `i3d`, `videomae`, or a video teacher of `dera.teachers`
+    path: str | Path | None = None,  # weights; default: where they are looked for
+    download: bool = False,  # of I3D
+    device: str = "cpu",
+) -> Extractor:
     "A feature extractor for `FrechetVideoDistance`."
     from dera.teachers import TEACHERS, load_teacher
-    if name == 'i3d': return load_i3d(path, download=download, device=device)
-    name = 'videomae-base' if name == 'videomae' else name; known = [k for k, facts in TEACHERS.items() if facts['modality'] == 'video']
-    if name not in known: raise InputError(f'unknown extractor {name!r}; choose i3d or one of {", ".join(known)}')
+
+    if name == "i3d":
+        return load_i3d(path, download=download, device=device)
+    name = "videomae-base" if name == "videomae" else name
+    known = [k for k, facts in TEACHERS.items() if facts["modality"] == "video"]
+    if name not in known:
+        raise InputError(f"unknown extractor {name!r}; choose i3d or one of {', '.join(known)}")
     net = load_teacher(name, weights=path).to(device)
-    return Extractor(lambda video: net(video).mean(1), name, net.fingerprint, f'the extractor takes {net.frames} frames of {net.size} x {net.size}, bicubic with antialias')
+    return Extractor(
+        lambda video: net(video).mean(1),
+        name,
+        net.fingerprint,
+        f"the extractor takes {net.frames} frames of {net.size} x {net.size}, bicubic with antialias",
+    )
 
 # %% ../nbs/13_evaluation.ipynb #protocol
 @dataclass(frozen=True)
 class Protocol:
     "What is compared with what."
+
     name: str
-    split: str|None      # of the real clips; None where the data has no splits
-    sampling: str        # `native`: one random window a video, `all`: chunks, `uniform`: spread over the video
-    samples: int = 0     # clips; 0: every one there is
+    split: str | None  # of the real clips; None where the data has no splits
+    sampling: (
+        str  # `native`: one random window a video, `all`: chunks, `uniform`: spread over the video
+    )
+    samples: int = 0  # clips; 0: every one there is
     num_frames: int = 16
-    size: int = 128      # pixels at which the model sees a clip
+    size: int = 128  # pixels at which the model sees a clip
     score_size: int = 0  # pixels at which a clip is scored; 0: the same
-    given: int = 0       # frames that a prediction gets
-    seed: int = 0        # of windows, choice of clips and generated samples
+    given: int = 0  # frames that a prediction gets
+    seed: int = 0  # of windows, choice of clips and generated samples
 
-    def change(self, **values) -> 'Protocol':
+    def change(self, **values) -> "Protocol":
         "The protocol with other values, which its name then tells."
-        unknown = [k for k in values if k not in {f.name for f in fields(self)} - {'name'}]
-        if unknown: raise InputError(f'a protocol has no {unknown[0]!r}; it has {", ".join(f.name for f in fields(self)[1:])}')
-        name, _, before = self.name.partition(' changed in '); new, base = replace(self, **values), PROTOCOLS.get(name)
-        told = {f.name for f in fields(self) if getattr(new, f.name) != getattr(base or self, f.name)} | ({*before.split(', ')} if not base else set())
-        told = sorted(told - {'name', 'seed', ''}); return replace(new, name=name + (f' changed in {", ".join(told)}' if told else ''))
+        unknown = [k for k in values if k not in {f.name for f in fields(self)} - {"name"}]
+        if unknown:
+            raise InputError(
+                f"a protocol has no {unknown[0]!r}; it has {', '.join(f.name for f in fields(self)[1:])}"
+            )
+        name, _, before = self.name.partition(" changed in ")
+        new, base = replace(self, **values), PROTOCOLS.get(name)
+        told = {
+            f.name for f in fields(self) if getattr(new, f.name) != getattr(base or self, f.name)
+        } | ({*before.split(", ")} if not base else set())
+        told = sorted(told - {"name", "seed", ""})
+        return replace(new, name=name + (f" changed in {', '.join(told)}" if told else ""))
 
-    def describe(self, extractor, # an `Extractor`, or None
-                 real:int, fake:int) -> str: # numbers of clips
+    def describe(
+        self,
+        extractor,  # an `Extractor`, or None
+        real: int,
+        fake: int,
+    ) -> str:  # numbers of clips
         "The line that goes with every number."
-        look = f'{extractor.name}' + (f' ({extractor.note})' if extractor.note else '') if extractor else 'none'
-        score = f', scored at {self.score_size} x {self.score_size}, bilinear with antialias' if self.score_size not in (0, self.size) else ''
-        return (f'{self.name}: extractor {look}; short side to {self.size}, bilinear with antialias, centre crop{score}; {self.num_frames} frames'
-                f'{f", {self.given} of them given" if self.given else ""}, stride {"as the video is long" if self.sampling == "uniform" else 1}, sampling {self.sampling}; '
-                f'split {self.split or "none"}; {real} real and {fake} fake clips; seed {self.seed}')
+        look = (
+            f"{extractor.name}" + (f" ({extractor.note})" if extractor.note else "")
+            if extractor
+            else "none"
+        )
+        score = (
+            f", scored at {self.score_size} x {self.score_size}, bilinear with antialias"
+            if self.score_size not in (0, self.size)
+            else ""
+        )
+        return (
+            f"{self.name}: extractor {look}; short side to {self.size}, bilinear with antialias, centre crop{score}; {self.num_frames} frames"
+            f"{f', {self.given} of them given' if self.given else ''}, stride {'as the video is long' if self.sampling == 'uniform' else 1}, sampling {self.sampling}; "
+            f"split {self.split or 'none'}; {real} real and {fake} fake clips; seed {self.seed}"
+        )
 
 # %% ../nbs/13_evaluation.ipynb #protocols
-PROTOCOLS = {p.name: p for p in (Protocol('larp-rfvd', 'train', 'native', 9537), Protocol('larp-gfvd', 'train', 'all', 10000), Protocol('heldout', 'test', 'native'),
-                                 Protocol('k600-fp', 'val', 'native', 50000, score_size=64, given=5))}
+PROTOCOLS = {
+    p.name: p
+    for p in (
+        Protocol("larp-rfvd", "train", "native", 9537),
+        Protocol("larp-gfvd", "train", "all", 10000),
+        Protocol("heldout", "test", "native"),
+        Protocol("k600-fp", "val", "native", 50000, score_size=64, given=5),
+    )
+}
 
-def protocol(name:str, # of `PROTOCOLS`
-             **changes) -> Protocol: # fields with other values
+
+def protocol(
+    name: str,  # of `PROTOCOLS`
+    **changes,
+) -> Protocol:  # fields with other values
     "A named protocol."
-    if name not in PROTOCOLS: raise InputError(f'unknown protocol {name!r}; choose one of {", ".join(PROTOCOLS)}')
+    if name not in PROTOCOLS:
+        raise InputError(f"unknown protocol {name!r}; choose one of {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name].change(**changes)
 
 # %% ../nbs/13_evaluation.ipynb #rows
-def protocol_rows(p:Protocol, n:int, # clips that the data has
-                  repeat:bool=False # go round again where samples are more than clips
-                 ) -> torch.Tensor: # indices of the clips, in a seeded order
+def protocol_rows(
+    p: Protocol,
+    n: int,  # clips that the data has
+    repeat: bool = False,  # go round again where samples are more than clips
+) -> torch.Tensor:  # indices of the clips, in a seeded order
     "Which clips a protocol takes."
-    if n < 1: raise InputError(f'{p.name}: the data holds no clips; check its path and split')
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(p.seed)); take = p.samples or n
-    return order.repeat(math.ceil(take/n) if repeat else 1)[:take]
+    if n < 1:
+        raise InputError(f"{p.name}: the data holds no clips; check its path and split")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(p.seed))
+    take = p.samples or n
+    return order.repeat(math.ceil(take / n) if repeat else 1)[:take]
 
 # %% ../nbs/13_evaluation.ipynb #cache
-def save_stats(path:str|Path, stats:GaussianStats, protocol:str): # .npz file, what to keep, line of `Protocol.describe`
+def save_stats(
+    path: str | Path, stats: GaussianStats, protocol: str
+):  # .npz file, what to keep, line of `Protocol.describe`
     "Keep statistics with what they belong to."
-    if not stats.n: raise InputError('these statistics hold no samples; nothing is kept')
-    buffer = io.BytesIO(); np.savez(buffer, n=stats.n, mean=stats.mean.numpy(), scatter=stats.scatter.numpy(), source=np.array(stats.source), protocol=np.array(protocol))
-    Path(path).parent.mkdir(parents=True, exist_ok=True); write_atomic(path, buffer.getvalue())
+    if not stats.n:
+        raise InputError("these statistics hold no samples; nothing is kept")
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        n=stats.n,
+        mean=stats.mean.numpy(),
+        scatter=stats.scatter.numpy(),
+        source=np.array(stats.source),
+        protocol=np.array(protocol),
+    )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, buffer.getvalue())
 
-def load_stats(path:str|Path, source:str, protocol:str) -> GaussianStats: # file, extractor's name and protocol's line that are wanted
+
+def load_stats(
+    path: str | Path, source: str, protocol: str
+) -> GaussianStats:  # file, extractor's name and protocol's line that are wanted
     "Read kept statistics; refuse those of something else."
     try:
-        with np.load(path, allow_pickle=False) as f: n, mean, scatter, *told = int(f['n']), f['mean'], f['scatter'], str(f['source']), str(f['protocol'])
-    except Exception: raise InputError(f'{path} holds no statistics of dera; delete it') from None
-    for what, found, wanted in zip(('extractor', 'protocol'), told, (source, protocol)):
-        if found != wanted: raise InputError(f'{path} belongs to another {what}: {found}; asked for: {wanted}; delete the file or name another')
-    stats = GaussianStats(source); stats.n, stats.mean, stats.scatter = n, torch.from_numpy(mean), torch.from_numpy(scatter)
+        with np.load(path, allow_pickle=False) as f:
+            n, mean, scatter, *told = (
+                int(f["n"]),
+                f["mean"],
+                f["scatter"],
+                str(f["source"]),
+                str(f["protocol"]),
+            )
+    except Exception:
+        raise InputError(f"{path} holds no statistics of dera; delete it") from None
+    for what, found, wanted in zip(("extractor", "protocol"), told, (source, protocol)):
+        if found != wanted:
+            raise InputError(
+                f"{path} belongs to another {what}: {found}; asked for: {wanted}; delete the file or name another"
+            )
+    stats = GaussianStats(source)
+    stats.n, stats.mean, stats.scatter = n, torch.from_numpy(mean), torch.from_numpy(scatter)
     return stats
 
 # %% ../nbs/13_evaluation.ipynb #probe
-def linear_probe(train_x:torch.Tensor, # (N, D) features
-                 train_y:torch.Tensor, # (N,) class indices
-                 test_x:torch.Tensor, # (M, D)
-                 test_y:torch.Tensor, # (M,)
-                 weight_decay:float=1e-3, # lambda
-                 steps:int=300 # of L-BFGS, at most
-                ) -> dict: # accuracies: test, train, chance
+def linear_probe(
+    train_x: torch.Tensor,  # (N, D) features
+    train_y: torch.Tensor,  # (N,) class indices
+    test_x: torch.Tensor,  # (M, D)
+    test_y: torch.Tensor,  # (M,)
+    weight_decay: float = 1e-3,  # lambda
+    steps: int = 300,  # of L-BFGS, at most
+) -> dict:  # accuracies: test, train, chance
     "Accuracy of a linear classifier on frozen features."
-    for name, x, y in ('train', train_x, train_y), ('test', test_x, test_y):
+    for name, x, y in ("train", train_x, train_y), ("test", test_x, test_y):
         if x.dim() != 2 or not len(x) or y.shape != (len(x),) or y.is_floating_point():
-            raise InputError(f'{name}: features {tuple(x.shape)} and labels {tuple(y.shape)} of {y.dtype}; (N, D) and (N,) integers are needed')
-        if not x.isfinite().all(): raise InputError(f'{name}: features hold NaN or infinite values')
-    if train_x.shape[1] != test_x.shape[1]: raise InputError(f'train has {train_x.shape[1]} features and test {test_x.shape[1]}')
+            raise InputError(
+                f"{name}: features {tuple(x.shape)} and labels {tuple(y.shape)} of {y.dtype}; (N, D) and (N,) integers are needed"
+            )
+        if not x.isfinite().all():
+            raise InputError(f"{name}: features hold NaN or infinite values")
+    if train_x.shape[1] != test_x.shape[1]:
+        raise InputError(f"train has {train_x.shape[1]} features and test {test_x.shape[1]}")
     train_x, test_x = train_x.detach().double(), test_x.detach().double()
     mean, std = train_x.mean(0), train_x.std(0, correction=0).clamp(min=1e-8)
-    z, z_test = (train_x - mean)/std, (test_x - mean)/std
+    z, z_test = (train_x - mean) / std, (test_x - mean) / std
     model = nn.Linear(z.shape[1], int(max(train_y.max(), test_y.max())) + 1).to(z)
-    nn.init.zeros_(model.weight); nn.init.zeros_(model.bias)
-    solver = torch.optim.LBFGS(model.parameters(), max_iter=steps, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn='strong_wolfe')
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    solver = torch.optim.LBFGS(
+        model.parameters(),
+        max_iter=steps,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
+
     def loss():
         solver.zero_grad()
-        value = F.cross_entropy(model(z), train_y) + weight_decay/2*model.weight.pow(2).sum()
-        value.backward(); return value
-    with torch.enable_grad(): solver.step(loss)
+        value = F.cross_entropy(model(z), train_y) + weight_decay / 2 * model.weight.pow(2).sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        solver.step(loss)
     hits = lambda z, y: (model(z).argmax(1) == y).double().mean().item()
-    return dict(test=hits(z_test, test_y), train=hits(z, train_y), chance=(test_y == train_y.mode().values).double().mean().item())
+    return dict(
+        test=hits(z_test, test_y),
+        train=hits(z, train_y),
+        chance=(test_y == train_y.mode().values).double().mean().item(),
+    )
 
 # %% ../nbs/13_evaluation.ipynb #swap
-def token_swap(tokenizer, # `.encode(video).indices`, `.decode(indices)`, `.config.num_appearance`
-               a:torch.Tensor, # (B, 3, T, H, W) gives the appearance
-               b:torch.Tensor # (B, 3, T, H, W) gives the motion
-              ) -> torch.Tensor: # (B, 3, T, H, W)
+def token_swap(
+    tokenizer,  # `.encode(video).indices`, `.decode(indices)`, `.config.num_appearance`
+    a: torch.Tensor,  # (B, 3, T, H, W) gives the appearance
+    b: torch.Tensor,  # (B, 3, T, H, W) gives the motion
+) -> torch.Tensor:  # (B, 3, T, H, W)
     "Decode the appearance tokens of a with the motion tokens of b."
-    _check(a=a, b=b); n = num_appearance_codes(tokenizer.config)
+    _check(a=a, b=b)
+    n = num_appearance_codes(tokenizer.config)
     with _frozen(tokenizer):
         of_a, of_b = tokenizer.encode(a).indices, tokenizer.encode(b).indices
         return tokenizer.decode(torch.cat([of_a[:, :n], of_b[:, n:]], 1))
 
 # %% ../nbs/13_evaluation.ipynb #classifier
-def _conv(i, o, kernel, stride): # 3-D convolution that keeps the grid, norm, ReLU
-    return nn.Sequential(nn.Conv3d(i, o, kernel, stride, tuple(k//2 for k in kernel), bias=False), nn.BatchNorm3d(o), nn.ReLU())
+def _conv(i, o, kernel, stride):  # 3-D convolution that keeps the grid, norm, ReLU
+    return nn.Sequential(
+        nn.Conv3d(i, o, kernel, stride, tuple(k // 2 for k in kernel), bias=False),
+        nn.BatchNorm3d(o),
+        nn.ReLU(),
+    )
+
 
 class FactorClassifier(nn.Module, PyTorchModelHubMixin):
     "Reads shape and motion from a pocket clip."
-    def __init__(self, num_frames:int=8, # of the clips it was trained on
-                 size:int=32): # pixels
-        super().__init__(); self.expected = (3, num_frames, size, size)
+
+    def __init__(
+        self,
+        num_frames: int = 8,  # of the clips it was trained on
+        size: int = 32,
+    ):  # pixels
+        super().__init__()
+        self.expected = (3, num_frames, size, size)
         flat, half, cube = (1, 3, 3), (1, 2, 2), (3, 3, 3)
-        self.look = nn.Sequential(_conv(4, 16, flat, 1), _conv(16, 32, flat, half), _conv(32, 64, flat, 1),
-                                  _conv(64, 96, flat, half), _conv(96, 96, flat, 1))
-        self.move = nn.Sequential(_conv(10, 24, cube, half), _conv(24, 48, cube, half), _conv(48, 64, cube, 2))
+        self.look = nn.Sequential(
+            _conv(4, 16, flat, 1),
+            _conv(16, 32, flat, half),
+            _conv(32, 64, flat, 1),
+            _conv(64, 96, flat, half),
+            _conv(96, 96, flat, 1),
+        )
+        self.move = nn.Sequential(
+            _conv(10, 24, cube, half), _conv(24, 48, cube, half), _conv(48, 64, cube, 2)
+        )
         self.shape, self.motion = nn.Linear(96, len(SHAPES)), nn.Linear(128, len(MOTIONS))
 
-    def features(self, video:torch.Tensor, # (B, 3, T, H, W) in [0, 1]
-                 frames=slice(None) # which frames to look at for the shape
-                ) -> tuple: # (B, 96) of appearance, (B, 128) of motion
+    def features(
+        self,
+        video: torch.Tensor,  # (B, 3, T, H, W) in [0, 1]
+        frames=slice(None),  # which frames to look at for the shape
+    ) -> tuple:  # (B, 96) of appearance, (B, 128) of motion
         "What the two heads see."
         if video.shape[1:] != self.expected:
-            raise InputError(f'this classifier was trained on clips of shape {self.expected}, not {tuple(video.shape[1:])}; train one for yours')
-        x = 2*torch.cat([video, video.amax(1, True) - video.amin(1, True)], 1) - 1
-        change = F.pad(2*video.diff(dim=2), (0, 0, 0, 0, 1, 0))
-        place = torch.stack(torch.meshgrid(*(torch.linspace(-1, 1, n, device=x.device) for n in x.shape[2:]), indexing='ij'))
+            raise InputError(
+                f"this classifier was trained on clips of shape {self.expected}, not {tuple(video.shape[1:])}; train one for yours"
+            )
+        x = 2 * torch.cat([video, video.amax(1, True) - video.amin(1, True)], 1) - 1
+        change = F.pad(2 * video.diff(dim=2), (0, 0, 0, 0, 1, 0))
+        place = torch.stack(
+            torch.meshgrid(
+                *(torch.linspace(-1, 1, n, device=x.device) for n in x.shape[2:]), indexing="ij"
+            )
+        )
         look = self.look(x[:, :, frames]).amax((-2, -1)).mean(2)
         move = self.move(torch.cat([x, change, place.expand(len(x), -1, -1, -1, -1)], 1)).flatten(2)
         return look, torch.cat([move.mean(-1), move.amax(-1)], 1)
 
-    def forward(self, video, frames=slice(None)): # -> logits (B, 8) of the shape, (B, 14) of the motion
+    def forward(
+        self, video, frames=slice(None)
+    ):  # -> logits (B, 8) of the shape, (B, 14) of the motion
         look, move = self.features(video, frames)
         return self.shape(look), self.motion(move)
 
 # %% ../nbs/13_evaluation.ipynb #accuracy
-def factor_accuracy(classifier:FactorClassifier, # trained
-                    video:torch.Tensor, # (B, 3, T, H, W) in [0, 1]
-                    label:torch.Tensor # (B,) indices into `pocket.CLASSES`
-                   ) -> dict: # shares in [0, 1]: shape, motion, class
+def factor_accuracy(
+    classifier: FactorClassifier,  # trained
+    video: torch.Tensor,  # (B, 3, T, H, W) in [0, 1]
+    label: torch.Tensor,  # (B,) indices into `pocket.CLASSES`
+) -> dict:  # shares in [0, 1]: shape, motion, class
     "How often the classifier finds the asked shape, motion and class."
     _check(video=video)
-    if label.shape != (len(video),): raise InputError(f'{len(video)} clips and labels of shape {tuple(label.shape)}; one label a clip is needed')
-    with _frozen(classifier): logits = [classifier(v) for v in video.split(100)]
+    if label.shape != (len(video),):
+        raise InputError(
+            f"{len(video)} clips and labels of shape {tuple(label.shape)}; one label a clip is needed"
+        )
+    with _frozen(classifier):
+        logits = [classifier(v) for v in video.split(100)]
     shape, motion = (torch.cat(l).argmax(1).cpu() for l in zip(*logits))
-    label = label.cpu(); right = shape == label//len(MOTIONS), motion == label % len(MOTIONS)
-    return {k: v.float().mean().item() for k, v in dict(shape=right[0], motion=right[1]).items()} | {'class': (right[0] & right[1]).float().mean().item()}
+    label = label.cpu()
+    right = shape == label // len(MOTIONS), motion == label % len(MOTIONS)
+    return {
+        k: v.float().mean().item() for k, v in dict(shape=right[0], motion=right[1]).items()
+    } | {"class": (right[0] & right[1]).float().mean().item()}
 
 # %% ../nbs/13_evaluation.ipynb #damage
 def _damage(video, generator):
     "Blur in space and in time and add noise, each by a random amount, clip by clip."
     amount = lambda: torch.rand(len(video), 1, 1, 1, 1, generator=generator)
-    blur = lambda v, k: F.avg_pool3d(v, k, 1, tuple(n//2 for n in k), count_include_pad=False)
+    blur = lambda v, k: F.avg_pool3d(v, k, 1, tuple(n // 2 for n in k), count_include_pad=False)
     video = torch.lerp(video, blur(video, (1, 3, 3)), amount())
-    video = torch.lerp(video, blur(video, (3, 1, 1)), .5*amount())
-    return (video + .08*amount()*torch.randn(video.shape, generator=generator)).clamp(0, 1)
+    video = torch.lerp(video, blur(video, (3, 1, 1)), 0.5 * amount())
+    return (video + 0.08 * amount() * torch.randn(video.shape, generator=generator)).clamp(0, 1)
 
 # %% ../nbs/13_evaluation.ipynb #train
-def train_factor_classifier(steps:int=300, # of AdamW
-                            seed:int=0, # weights, clips, damage
-                            batch:int=64, # clips a step
-                            lr:float=4e-3, # peak of a one-cycle schedule
-                            num_frames:int=8, size:int=32, # of the clips
-                            level:str='plain', # of the pocket world
-                            held_out:int=1400, # clips to measure on
-                            out:str|Path|None=None, # folder for weights and log.json
-                            progress=lambda it, **_: it # a tqdm-like wrapper
-                           ) -> tuple: # model, log (a dict)
+def train_factor_classifier(
+    steps: int = 300,  # of AdamW
+    seed: int = 0,  # weights, clips, damage
+    batch: int = 64,  # clips a step
+    lr: float = 4e-3,  # peak of a one-cycle schedule
+    num_frames: int = 8,
+    size: int = 32,  # of the clips
+    level: str = "plain",  # of the pocket world
+    held_out: int = 1400,  # clips to measure on
+    out: str | Path | None = None,  # folder for weights and log.json
+    progress=lambda it, **_: it,  # a tqdm-like wrapper
+) -> tuple:  # model, log (a dict)
     "Train the judge on freshly rendered clips and measure it on held-out ones."
-    folder = None if out is None else RunFolder(out).path # a folder that cannot be written fails before the work
-    with torch.random.fork_rng(devices=[]): torch.manual_seed(seed); model = FactorClassifier(num_frames, size)
-    g, first, losses = torch.Generator().manual_seed(seed), 2**40 + seed*10**6, [] # seeds of clips far from any dataset's
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=.2)
-    for step in progress(range(steps), desc='training the factor classifier', unit='step'):
+    folder = (
+        None if out is None else RunFolder(out).path
+    )  # a folder that cannot be written fails before the work
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = FactorClassifier(num_frames, size)
+    g, first, losses = (
+        torch.Generator().manual_seed(seed),
+        2**40 + seed * 10**6,
+        [],
+    )  # seeds of clips far from any dataset's
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
+    for step in progress(range(steps), desc="training the factor classifier", unit="step"):
         f = sample_factors(batch, first + step, level)
-        shape, motion = model(_damage(render(f, num_frames, size), g), torch.randperm(num_frames, generator=g)[:2])
+        shape, motion = model(
+            _damage(render(f, num_frames, size), g), torch.randperm(num_frames, generator=g)[:2]
+        )
         loss = F.cross_entropy(shape, f.shape) + F.cross_entropy(motion, f.motion)
-        optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step(); losses.append(loss.item())
-    model.eval().half().float(); f = sample_factors(held_out, first - 1, level)
-    clips = torch.cat([render(f[rows], num_frames, size) for rows in torch.arange(held_out).split(100)])
-    log = dict(steps=steps, seed=seed, batch=batch, lr=lr, level=level, parameters=sum(p.numel() for p in model.parameters()),
-               held_out=factor_accuracy(model, clips, f.label), held_out_damaged=factor_accuracy(model, _damage(clips, g), f.label),
-               loss=[round(sum(losses[i:i + 20])/len(losses[i:i + 20]), 4) for i in range(0, steps, 20)])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    model.eval().half().float()
+    f = sample_factors(held_out, first - 1, level)
+    clips = torch.cat(
+        [render(f[rows], num_frames, size) for rows in torch.arange(held_out).split(100)]
+    )
+    log = dict(
+        steps=steps,
+        seed=seed,
+        batch=batch,
+        lr=lr,
+        level=level,
+        parameters=sum(p.numel() for p in model.parameters()),
+        held_out=factor_accuracy(model, clips, f.label),
+        held_out_damaged=factor_accuracy(model, _damage(clips, g), f.label),
+        loss=[
+            round(sum(losses[i : i + 20]) / len(losses[i : i + 20]), 4) for i in range(0, steps, 20)
+        ],
+    )
     if folder:
-        write_atomic(folder/'README.md', 'Shape and motion classifier of the pocket world, by `dera.metrics.train_factor_classifier`; see log.json.\n')
-        model.half().save_pretrained(folder); model.float()
-        write_atomic(folder/'log.json', json.dumps(log, indent=1))
+        write_atomic(
+            folder / "README.md",
+            "Shape and motion classifier of the pocket world, by `dera.metrics.train_factor_classifier`; see log.json.\n",
+        )
+        model.half().save_pretrained(folder)
+        model.float()
+        write_atomic(folder / "log.json", json.dumps(log, indent=1))
     return model, log
 
 # %% ../nbs/13_evaluation.ipynb #load
-def load_factor_classifier(path:str|Path|None=None # folder; default: the shipped one for 8 x 32 x 32
-                          ) -> FactorClassifier: # in evaluation mode
+def load_factor_classifier(
+    path: str | Path | None = None,  # folder; default: the shipped one for 8 x 32 x 32
+) -> FactorClassifier:  # in evaluation mode
     "Load a factor classifier."
-    return load_model(FactorClassifier, path or checkpoint_path('pocket-classifier'))
+    return load_model(FactorClassifier, path or checkpoint_path("pocket-classifier"))
 
 # %% ../nbs/13_evaluation.ipynb #extrapolate
-def extrapolated_distance(real:torch.Tensor, # (N, D) features
-                          fake:torch.Tensor, # (M, D)
-                          points:int=5, # set sizes, from half of all clips to all
-                          repeats:int=4, # random subsets of each size
-                          paired:bool=False, # clip i of one set belongs to clip i of the other, as a reconstruction does
-                          seed:int=0) -> dict: # value at infinitely many samples, slope, and the points (size, mean distance)
+def extrapolated_distance(
+    real: torch.Tensor,  # (N, D) features
+    fake: torch.Tensor,  # (M, D)
+    points: int = 5,  # set sizes, from half of all clips to all
+    repeats: int = 4,  # random subsets of each size
+    paired: bool = False,  # clip i of one set belongs to clip i of the other, as a reconstruction does
+    seed: int = 0,
+) -> dict:  # value at infinitely many samples, slope, and the points (size, mean distance)
     "Frechet distance extrapolated over 1/N."
-    n, g = min(len(real), len(fake)), torch.Generator().manual_seed(seed); found = []
-    if paired and len(real) != len(fake): raise InputError(f'{len(real)} and {len(fake)} clips are no pairs; give equally many or leave paired out')
-    if n//2 <= real.shape[1]: raise InputError(f'{n} samples are too few to extrapolate in {real.shape[1]} dimensions; give more than {2*real.shape[1]}')
-    for size in torch.linspace(n//2, n, points).long().tolist():
-        def pick(): rows = torch.randperm(len(real), generator=g)[:size]; return rows, rows if paired else torch.randperm(len(fake), generator=g)[:size]
-        subsets = [[GaussianStats().update(x[rows]) for x, rows in zip((real, fake), pick())] for _ in range(repeats)]
+    n, g = min(len(real), len(fake)), torch.Generator().manual_seed(seed)
+    found = []
+    if paired and len(real) != len(fake):
+        raise InputError(
+            f"{len(real)} and {len(fake)} clips are no pairs; give equally many or leave paired out"
+        )
+    if n // 2 <= real.shape[1]:
+        raise InputError(
+            f"{n} samples are too few to extrapolate in {real.shape[1]} dimensions; give more than {2 * real.shape[1]}"
+        )
+    for size in torch.linspace(n // 2, n, points).long().tolist():
+
+        def pick():
+            rows = torch.randperm(len(real), generator=g)[:size]
+            return rows, rows if paired else torch.randperm(len(fake), generator=g)[:size]
+
+        subsets = [
+            [GaussianStats().update(x[rows]) for x, rows in zip((real, fake), pick())]
+            for _ in range(repeats)
+        ]
         found.append((size, np.mean([_distance(*pair) for pair in subsets])))
-    slope, value = np.polyfit([1/size for size, _ in found], [d for _, d in found], 1)
-    return dict(value=float(value), slope=float(slope), points=[(size, float(d)) for size, d in found])
+    slope, value = np.polyfit([1 / size for size, _ in found], [d for _, d in found], 1)
+    return dict(
+        value=float(value), slope=float(slope), points=[(size, float(d)) for size, d in found]
+    )
 
 # %% ../nbs/13_evaluation.ipynb #classes
-_BINS = dict(hue=6, size=3, tilt=4, bg_hue=6, bg_value=3, bg_angle=4, x=3, y=3, angle=4, speed=3, phase=4)
+_BINS = dict(
+    hue=6, size=3, tilt=4, bg_hue=6, bg_value=3, bg_angle=4, x=3, y=3, angle=4, speed=3, phase=4
+)
 
-def factor_classes(factors:Factors # n clips
-                  ) -> dict: # name -> (n,) int64, those that vary
+
+def factor_classes(
+    factors: Factors,  # n clips
+) -> dict:  # name -> (n,) int64, those that vary
     "Every factor as a class; numbers by the bin they fall into."
     out = {f.name: getattr(factors, f.name) for f in fields(Factors)}
     for name, bins in _BINS.items():
-        low, high = _RANGES[name]; out[name] = ((out[name] - low)/(high - low)*bins).long().clamp(0, bins - 1)
+        low, high = _RANGES[name]
+        out[name] = ((out[name] - low) / (high - low) * bins).long().clamp(0, bins - 1)
     return {k: v for k, v in out.items() if len(v.unique()) > 1}
 
 # %% ../nbs/13_evaluation.ipynb #heads
 class _Probes(nn.Module):
     "A linear classifier, or a small network, for each of several factors."
-    def __init__(self, x, classes, hidden):
-        super().__init__(); self.hidden, self.names = hidden, list(classes)
-        self.mean, self.std = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
-        self.first = nn.Linear(x.shape[1], hidden*len(classes)) if hidden else None
-        self.heads = nn.ModuleDict({k: nn.Linear(hidden or x.shape[1], int(y.max()) + 1) for k, y in classes.items()})
-        for head in self.heads.values(): nn.init.zeros_(head.weight); nn.init.zeros_(head.bias)
 
-    def forward(self, x): # -> {name: (B, K)}
-        z = (x - self.mean)/self.std
-        parts = F.dropout(self.first(z).relu(), .25, self.training).chunk(len(self.names), -1) if self.hidden else [z]*len(self.names)
+    def __init__(self, x, classes, hidden):
+        super().__init__()
+        self.hidden, self.names = hidden, list(classes)
+        self.mean, self.std = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
+        self.first = nn.Linear(x.shape[1], hidden * len(classes)) if hidden else None
+        self.heads = nn.ModuleDict(
+            {k: nn.Linear(hidden or x.shape[1], int(y.max()) + 1) for k, y in classes.items()}
+        )
+        for head in self.heads.values():
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+
+    def forward(self, x):  # -> {name: (B, K)}
+        z = (x - self.mean) / self.std
+        parts = (
+            F.dropout(self.first(z).relu(), 0.25, self.training).chunk(len(self.names), -1)
+            if self.hidden
+            else [z] * len(self.names)
+        )
         return {k: self.heads[k](p) for k, p in zip(self.names, parts)}
 
-    def loss(self, x, classes): return sum(F.cross_entropy(logits, classes[k]) for k, logits in self(x).items())
+    def loss(self, x, classes):
+        return sum(F.cross_entropy(logits, classes[k]) for k, logits in self(x).items())
 
 # %% ../nbs/13_evaluation.ipynb #fit
 def _fit_linear(model, x, classes, weight_decay=1e-2, steps=100):
-    solver = torch.optim.LBFGS(model.parameters(), max_iter=steps, tolerance_grad=1e-5, line_search_fn='strong_wolfe')
+    solver = torch.optim.LBFGS(
+        model.parameters(), max_iter=steps, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
+    )
+
     def closure():
-        solver.zero_grad(); penalty = sum(h.weight.pow(2).sum() for h in model.heads.values())
-        loss = model.loss(x, classes) + weight_decay/2*penalty; loss.backward(); return loss
+        solver.zero_grad()
+        penalty = sum(h.weight.pow(2).sum() for h in model.heads.values())
+        loss = model.loss(x, classes) + weight_decay / 2 * penalty
+        loss.backward()
+        return loss
+
     solver.step(closure)
 
+
 def _fit_network(model, x, classes, generator, steps=400, batch=128, lr=2e-3):
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     for _ in range(steps):
-        rows = torch.randint(len(x), (batch,), generator=generator); optimizer.zero_grad()
-        model.loss(x[rows], {k: y[rows] for k, y in classes.items()}).backward(); optimizer.step(); schedule.step()
+        rows = torch.randint(len(x), (batch,), generator=generator)
+        optimizer.zero_grad()
+        model.loss(x[rows], {k: y[rows] for k, y in classes.items()}).backward()
+        optimizer.step()
+        schedule.step()
 
-def fit_probes(x:torch.Tensor, # (N, D) features
-               classes:dict, # name -> (N,) class indices
-               hidden:int=0, # units of a hidden layer for each factor; 0: linear
-               seed:int=0 # of weights, batches and dropout
-              ): # a model: features (M, D) -> {name: logits}
+
+def fit_probes(
+    x: torch.Tensor,  # (N, D) features
+    classes: dict,  # name -> (N,) class indices
+    hidden: int = 0,  # units of a hidden layer for each factor; 0: linear
+    seed: int = 0,  # of weights, batches and dropout
+):  # a model: features (M, D) -> {name: logits}
     "Train a probe for each factor on frozen features."
-    if x.dim() != 2 or not x.isfinite().all() or any(y.shape != (len(x),) for y in classes.values()) or not classes or not len(x):
-        raise InputError(f'features {tuple(x.shape)} must be finite (N, D), with N labels for each of {list(classes)}')
+    if (
+        x.dim() != 2
+        or not x.isfinite().all()
+        or any(y.shape != (len(x),) for y in classes.values())
+        or not classes
+        or not len(x)
+    ):
+        raise InputError(
+            f"features {tuple(x.shape)} must be finite (N, D), with N labels for each of {list(classes)}"
+        )
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed); x = x.detach().float(); model = _Probes(x, classes, hidden)
-        if hidden: _fit_network(model, x, classes, torch.Generator().manual_seed(seed))
-        else: _fit_linear(model, x, classes)
+        torch.manual_seed(seed)
+        x = x.detach().float()
+        model = _Probes(x, classes, hidden)
+        if hidden:
+            _fit_network(model, x, classes, torch.Generator().manual_seed(seed))
+        else:
+            _fit_linear(model, x, classes)
     return model.eval().requires_grad_(False)
 
-def probe_accuracy(model, x:torch.Tensor, classes:dict) -> dict: # name -> share of right answers
+
+def probe_accuracy(model, x: torch.Tensor, classes: dict) -> dict:  # name -> share of right answers
     "How often each probe is right."
-    return {k: (logits.argmax(-1) == classes[k]).float().mean().item() for k, logits in model(x.detach().float()).items()}
+    return {
+        k: (logits.argmax(-1) == classes[k]).float().mean().item()
+        for k, logits in model(x.detach().float()).items()
+    }
 
 # %% ../nbs/13_evaluation.ipynb #features
 def teacher_pair():
     "A function from pocket clips 8 x 32 x 32 to (B, 576): two frames as the image teacher sees them, four steps of time as the video teacher does."
     from dera.teachers import load_teacher
-    image, video = load_teacher('pocket-image'), load_teacher('pocket-video')
+
+    image, video = load_teacher("pocket-image"), load_teacher("pocket-video")
+
     @torch.no_grad()
-    def features(clips): # (B, 3, T, H, W)
-        looks = [image(clips[:, :, k:k + 1]).mean(1) for k in (0, clips.shape[2]//2)]
+    def features(clips):  # (B, 3, T, H, W)
+        looks = [image(clips[:, :, k : k + 1]).mean(1) for k in (0, clips.shape[2] // 2)]
         return torch.cat([*looks, video(clips).unflatten(1, (4, -1)).mean(2).flatten(1)], 1)
+
     return lambda clips: torch.cat([features(c) for c in clips.split(100)])
 
 # %% ../nbs/13_evaluation.ipynb #verdict
 class Verdict:
     "Tells every factor of a clip: shape and motion by the factor classifier, the others by readouts of the teachers."
-    def __init__(self, n:int=1500, # real clips to train the readouts on
-                 seed:int=2**41, # of their factors
-                 level:str='plain'): # of the pocket world
+
+    def __init__(
+        self,
+        n: int = 1500,  # real clips to train the readouts on
+        seed: int = 2**41,  # of their factors
+        level: str = "plain",
+    ):  # of the pocket world
         self.judge, self.features = load_factor_classifier(), teacher_pair()
-        f = sample_factors(n, seed, level); clips = render(f, 8, 32); clips[::2] = _damage(clips[::2], torch.Generator().manual_seed(0))
+        f = sample_factors(n, seed, level)
+        clips = render(f, 8, 32)
+        clips[::2] = _damage(clips[::2], torch.Generator().manual_seed(0))
         self.probes = fit_probes(self.features(clips), factor_classes(f))
 
-    def __call__(self, video:torch.Tensor # (B, 3, 8, 32, 32) in [0, 1]
-                ) -> dict: # name -> (B,) class
+    def __call__(
+        self,
+        video: torch.Tensor,  # (B, 3, 8, 32, 32) in [0, 1]
+    ) -> dict:  # name -> (B,) class
         answers = {k: v.argmax(-1) for k, v in self.probes(self.features(video)).items()}
-        with _frozen(self.judge): logits = [self.judge(v) for v in video.split(100)]
-        return answers | {k: torch.cat(l).argmax(-1) for k, l in zip(('shape', 'motion'), zip(*logits))}
+        with _frozen(self.judge):
+            logits = [self.judge(v) for v in video.split(100)]
+        return answers | {
+            k: torch.cat(l).argmax(-1) for k, l in zip(("shape", "motion"), zip(*logits))
+        }
 
-def agreement(answers:dict, a:Factors, b:Factors # of `Verdict`, for clips that should look like a and move like b
-             ) -> dict: # name -> (share that answers what it should, share that answers what the other clip has)
+
+def agreement(
+    answers: dict,
+    a: Factors,
+    b: Factors,  # of `Verdict`, for clips that should look like a and move like b
+) -> (
+    dict
+):  # name -> (share that answers what it should, share that answers what the other clip has)
     "Factor by factor, among pairs whose clips differ in the factor."
     of_a, of_b, out = factor_classes(a), factor_classes(b), {}
     for k in of_a.keys() & of_b.keys() & answers.keys():
-        own, other = (of_b[k], of_a[k]) if k in _MOTION_FACTORS else (of_a[k], of_b[k]); differ = own != other
-        if differ.any(): out[k] = tuple((answers[k] == v)[differ].float().mean().item() for v in (own, other))
+        own, other = (of_b[k], of_a[k]) if k in _MOTION_FACTORS else (of_a[k], of_b[k])
+        differ = own != other
+        if differ.any():
+            out[k] = tuple((answers[k] == v)[differ].float().mean().item() for v in (own, other))
     return {k: out[k] for k in of_a if k in out}
 
 # %% ../nbs/13_evaluation.ipynb #swaps
 @torch.no_grad()
-def swap_study(tokenizer, # of clips 8 x 32 x 32
-               a:Factors, b:Factors, # n clips each
-               verdict, # a `Verdict`
-               seed:int=0, # of the random codes
-               few:int=200 # clips for the rows that need no more
-              ) -> dict: # name of the candidate -> psnr against the truth, and name of the factor -> (own, other)
+def swap_study(
+    tokenizer,  # of clips 8 x 32 x 32
+    a: Factors,
+    b: Factors,  # n clips each
+    verdict,  # a `Verdict`
+    seed: int = 0,  # of the random codes
+    few: int = 200,  # clips for the rows that need no more
+) -> (
+    dict
+):  # name of the candidate -> psnr against the truth, and name of the factor -> (own, other)
     "Swap tokens and compare with the truth and with baselines."
-    clip_a, clip_b, truth = (render(f, 8, 32) for f in (a, b, a.swap(motion_of=b))); n = len(a)
-    codes = torch.randint(tokenizer.config.codebook_size, (min(few, n), tokenizer.config.num_codes), generator=torch.Generator().manual_seed(seed))
+    clip_a, clip_b, truth = (render(f, 8, 32) for f in (a, b, a.swap(motion_of=b)))
+    n = len(a)
+    codes = torch.randint(
+        tokenizer.config.codebook_size,
+        (min(few, n), tokenizer.config.num_codes),
+        generator=torch.Generator().manual_seed(seed),
+    )
     with _frozen(tokenizer):
-        swapped = torch.cat([token_swap(tokenizer, x, y) for x, y in zip(clip_a.split(50), clip_b.split(50))]).clamp(0, 1)
-        rebuilt = tokenizer.decode(tokenizer.encode(truth[:few]).indices).clamp(0, 1); random = tokenizer.decode(codes).clamp(0, 1)
-    sets = dict(truth=truth[:few], truth_through_tokens=rebuilt, swapped=swapped, A=clip_a[:few], B=clip_b[:few], random_codes=random)
-    score = lambda name, v: None if name == 'truth' else psnr(v, truth[:len(v)])
-    return {k: dict(psnr=score(k, v), **agreement(verdict(v), a[:len(v)], b[:len(v)])) for k, v in sets.items()}
+        swapped = torch.cat(
+            [token_swap(tokenizer, x, y) for x, y in zip(clip_a.split(50), clip_b.split(50))]
+        ).clamp(0, 1)
+        rebuilt = tokenizer.decode(tokenizer.encode(truth[:few]).indices).clamp(0, 1)
+        random = tokenizer.decode(codes).clamp(0, 1)
+    sets = dict(
+        truth=truth[:few],
+        truth_through_tokens=rebuilt,
+        swapped=swapped,
+        A=clip_a[:few],
+        B=clip_b[:few],
+        random_codes=random,
+    )
+    score = lambda name, v: None if name == "truth" else psnr(v, truth[: len(v)])
+    return {
+        k: dict(psnr=score(k, v), **agreement(verdict(v), a[: len(v)], b[: len(v)]))
+        for k, v in sets.items()
+    }
 
 # %% ../nbs/13_evaluation.ipynb #shares
 @torch.no_grad()
-def share_study(tokenizer, factors:Factors, verdict, # as in `swap_study`
-                shares:tuple=(0, .25, .5, .75, 1.), # of a group's tokens
-                seed:int=0 # which tokens go
-               ) -> dict: # group -> list of dict(share, psnr, shape, motion)
+def share_study(
+    tokenizer,
+    factors: Factors,
+    verdict,  # as in `swap_study`
+    shares: tuple = (0, 0.25, 0.5, 0.75, 1.0),  # of a group's tokens
+    seed: int = 0,  # which tokens go
+) -> dict:  # group -> list of dict(share, psnr, shape, motion)
     "Replace a growing share of either group of tokens by a constant: the commonest code of each position."
-    video, a = render(factors, 8, 32), num_appearance_codes(tokenizer.config); truth = factor_classes(factors)
-    with _frozen(tokenizer): indices = torch.cat([tokenizer.encode(v).indices for v in video.split(50)])
+    video, a = render(factors, 8, 32), num_appearance_codes(tokenizer.config)
+    truth = factor_classes(factors)
+    with _frozen(tokenizer):
+        indices = torch.cat([tokenizer.encode(v).indices for v in video.split(50)])
     constant, g, out = indices.mode(0).values, torch.Generator().manual_seed(seed), {}
     for group, place in dict(appearance=slice(0, a), motion=slice(a, None)).items():
-        rank, out[group] = torch.rand(indices[:, place].shape, generator=g).argsort(1).argsort(1), []
+        rank, out[group] = (
+            torch.rand(indices[:, place].shape, generator=g).argsort(1).argsort(1),
+            [],
+        )
         for share in shares:
-            changed = indices.clone(); gone = rank < round(share*rank.shape[1]); changed[:, place] = torch.where(gone, constant[place].expand_as(gone), indices[:, place])
-            with _frozen(tokenizer): picture = torch.cat([tokenizer.decode(i) for i in changed.split(50)]).clamp(0, 1)
-            told = verdict(picture); right = {k: (told[k] == truth[k]).float().mean().item() for k in ('shape', 'motion')}
+            changed = indices.clone()
+            gone = rank < round(share * rank.shape[1])
+            changed[:, place] = torch.where(
+                gone, constant[place].expand_as(gone), indices[:, place]
+            )
+            with _frozen(tokenizer):
+                picture = torch.cat([tokenizer.decode(i) for i in changed.split(50)]).clamp(0, 1)
+            told = verdict(picture)
+            right = {k: (told[k] == truth[k]).float().mean().item() for k in ("shape", "motion")}
             out[group].append(dict(share=share, psnr=psnr(picture, video), **right))
     return out
 
@@ -637,356 +1092,839 @@ def share_study(tokenizer, factors:Factors, verdict, # as in `swap_study`
 @torch.no_grad()
 def _token_groups(tokenizer, video):
     "Quantised latents of both groups, flattened, and the reconstruction's squared error of each clip."
-    with _frozen(tokenizer): out = [(e.latents, (tokenizer.decode(e.indices).clamp(0, 1) - v).pow(2).mean((1, 2, 3, 4))) for v in video.split(50) for e in [tokenizer.encode(v)]]
-    latents, error = (torch.cat(o) for o in zip(*out)); a = tokenizer.config.num_appearance
+    with _frozen(tokenizer):
+        out = [
+            (e.latents, (tokenizer.decode(e.indices).clamp(0, 1) - v).pow(2).mean((1, 2, 3, 4)))
+            for v in video.split(50)
+            for e in [tokenizer.encode(v)]
+        ]
+    latents, error = (torch.cat(o) for o in zip(*out))
+    a = tokenizer.config.num_appearance
     return dict(appearance=latents[:, :a].flatten(1), motion=latents[:, a:].flatten(1)), error
 
-def probe_study(groups:dict, # name -> (N, D) features
-                factors:Factors, # of the N clips; the last quarter tests
-                hidden:int=48, # units of the small network
-                seed:int=0) -> dict: # group -> factor -> dict(linear, network), and group -> dict(seen, held_out) for pairs
+
+def probe_study(
+    groups: dict,  # name -> (N, D) features
+    factors: Factors,  # of the N clips; the last quarter tests
+    hidden: int = 48,  # units of the small network
+    seed: int = 0,
+) -> dict:  # group -> factor -> dict(linear, network), and group -> dict(seen, held_out) for pairs
     "Probes from each group of features to each factor, and on pairs of shape and motion that the probes never saw."
-    classes, cut, pairs, out = factor_classes(factors), 3*len(factors)//4, held_out(factors, 2), dict(factors={}, pairs={})
+    classes, cut, pairs, out = (
+        factor_classes(factors),
+        3 * len(factors) // 4,
+        held_out(factors, 2),
+        dict(factors={}, pairs={}),
+    )
     take = lambda rows, names=classes: {k: classes[k][rows] for k in names}
     for name, x in groups.items():
-        linear, network = (probe_accuracy(fit_probes(x[:cut], take(slice(cut)), h, seed), x[cut:], take(slice(cut, None))) for h in (0, hidden))
-        out['factors'][name] = {k: dict(linear=linear[k], network=network[k]) for k in classes}
-        seen = ~pairs; seen[cut:] = False; test = ~pairs; test[:cut] = False; two = ('shape', 'motion')
+        linear, network = (
+            probe_accuracy(
+                fit_probes(x[:cut], take(slice(cut)), h, seed), x[cut:], take(slice(cut, None))
+            )
+            for h in (0, hidden)
+        )
+        out["factors"][name] = {k: dict(linear=linear[k], network=network[k]) for k in classes}
+        seen = ~pairs
+        seen[cut:] = False
+        test = ~pairs
+        test[:cut] = False
+        two = ("shape", "motion")
         model = fit_probes(x[seen], take(seen, two))
-        out['pairs'][name] = {k: probe_accuracy(model, x[rows], take(rows, two)) for k, rows in dict(seen=test, held_out=pairs).items()}
-    return out | dict(chance={k: y[cut:].bincount().max().item()/len(y[cut:]) for k, y in classes.items()})
+        out["pairs"][name] = {
+            k: probe_accuracy(model, x[rows], take(rows, two))
+            for k, rows in dict(seen=test, held_out=pairs).items()
+        }
+    return out | dict(
+        chance={k: y[cut:].bincount().max().item() / len(y[cut:]) for k, y in classes.items()}
+    )
 
 # %% ../nbs/13_evaluation.ipynb #load-any
-def load_tokenizer(folder:str|Path # holds config.json and model.safetensors
-                  ): # a DeRATokenizer, QueryTokenizer or GridTokenizer, whichever was saved
+def load_tokenizer(
+    folder: str | Path,  # holds config.json and model.safetensors
+):  # a DeRATokenizer, QueryTokenizer or GridTokenizer, whichever was saved
     "Load a tokenizer without being told its class."
     from safetensors import safe_open
+
     from dera.query import GridTokenizer, QueryTokenizer
     from dera.streams import DeRATokenizer
-    file = Path(folder)/'model.safetensors'
+
+    file = Path(folder) / "model.safetensors"
     try:
-        with safe_open(file, 'pt') as f: names = set(f.keys())
-    except Exception: raise InputError(f'no tokenizer in {folder}; train one first, or name a folder with config.json and model.safetensors') from None
-    kind = DeRATokenizer if 'appearance_queries' in names else QueryTokenizer if 'queries' in names else GridTokenizer
+        with safe_open(file, "pt") as f:
+            names = set(f.keys())
+    except Exception:
+        raise InputError(
+            f"no tokenizer in {folder}; train one first, or name a folder with config.json and model.safetensors"
+        ) from None
+    kind = (
+        DeRATokenizer
+        if "appearance_queries" in names
+        else QueryTokenizer
+        if "queries" in names
+        else GridTokenizer
+    )
     return load_model(kind, folder)
 
 # %% ../nbs/13_evaluation.ipynb #study
 def _rounded(tree):
     "Numbers with four decimals, throughout."
-    if isinstance(tree, dict): return {k: _rounded(v) for k, v in tree.items()}
-    if isinstance(tree, (list, tuple)): return [_rounded(v) for v in tree]
+    if isinstance(tree, dict):
+        return {k: _rounded(v) for k, v in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_rounded(v) for v in tree]
     return round(tree, 4) if isinstance(tree, float) else tree
 
-def study_once(tokenizer, verdict, # a tokenizer of clips 8 x 32 x 32, a `Verdict`
-               seed:int, # of the clips
-               pairs:int=2000, # for the swap
-               probes:int=2000, # clips for the probes, a quarter of them to test
-               shares:int=100, # clips for `share_study`
-               level:str='plain') -> dict: # swap, shares, probes, psnr
+
+def study_once(
+    tokenizer,
+    verdict,  # a tokenizer of clips 8 x 32 x 32, a `Verdict`
+    seed: int,  # of the clips
+    pairs: int = 2000,  # for the swap
+    probes: int = 2000,  # clips for the probes, a quarter of them to test
+    shares: int = 100,  # clips for `share_study`
+    level: str = "plain",
+) -> dict:  # swap, shares, probes, psnr
     "All of part B for one tokenizer and one seed."
-    if (tokenizer.config.num_frames, *tokenizer.config.frame) != (8, 32, 32): raise InputError('this study needs a tokenizer of clips 8 x 32 x 32, preset tiny')
-    first = 2**41 + 10**6*(seed + 1); a, b, f, g = (sample_factors(n, first + i, level) for i, n in enumerate((pairs, pairs, probes, shares)))
-    video = render(f, 8, 32); groups, error = _token_groups(tokenizer, video); groups['teachers'] = verdict.features(video)
-    db = lambda rows: -10*math.log10(error[rows].double().mean().item())
-    return _rounded(dict(swap=swap_study(tokenizer, a, b, verdict, seed), shares=share_study(tokenizer, g, verdict, seed=seed), probes=probe_study(groups, f, seed=seed),
-                         psnr=dict(all=db(slice(None)), seen_pairs=db(~held_out(f, 2)), held_out_pairs=db(held_out(f, 2)))))
+    if (tokenizer.config.num_frames, *tokenizer.config.frame) != (8, 32, 32):
+        raise InputError("this study needs a tokenizer of clips 8 x 32 x 32, preset tiny")
+    first = 2**41 + 10**6 * (seed + 1)
+    a, b, f, g = (
+        sample_factors(n, first + i, level) for i, n in enumerate((pairs, pairs, probes, shares))
+    )
+    video = render(f, 8, 32)
+    groups, error = _token_groups(tokenizer, video)
+    groups["teachers"] = verdict.features(video)
+    db = lambda rows: -10 * math.log10(error[rows].double().mean().item())
+    return _rounded(
+        dict(
+            swap=swap_study(tokenizer, a, b, verdict, seed),
+            shares=share_study(tokenizer, g, verdict, seed=seed),
+            probes=probe_study(groups, f, seed=seed),
+            psnr=dict(
+                all=db(slice(None)),
+                seen_pairs=db(~held_out(f, 2)),
+                held_out_pairs=db(held_out(f, 2)),
+            ),
+        )
+    )
 
 # %% ../nbs/13_evaluation.ipynb #study-protocol
-_STUDY = ('pocket world, level {level}, 8 x 32 x 32, clips no training saw; for each seed {pairs} swapped pairs, {probes} clips for probes (three quarters train, the last quarter tests), '
-          '{shares} clips for replaced tokens; shape and motion by data/checkpoints/pocket-classifier, the other factors by linear readouts of the two pocket teachers')
+_STUDY = (
+    "pocket world, level {level}, 8 x 32 x 32, clips no training saw; for each seed {pairs} swapped pairs, {probes} clips for probes (three quarters train, the last quarter tests), "
+    "{shares} clips for replaced tokens; shape and motion by data/checkpoints/pocket-classifier, the other factors by linear readouts of the two pocket teachers"
+)
 
 # %% ../nbs/13_evaluation.ipynb #study-all
-def decoupling_study(tokenizers:dict, # name -> folder of a tokenizer
-                     out:str|Path, # json file; what it holds already is not measured again
-                     seeds:tuple=(0, 1, 2), # of the evaluation
-                     progress=lambda it, **_: it, # a tqdm-like wrapper
-                     **sizes) -> dict: # as `study_once`: pairs, probes, shares, level
+def decoupling_study(
+    tokenizers: dict,  # name -> folder of a tokenizer
+    out: str | Path,  # json file; what it holds already is not measured again
+    seeds: tuple = (0, 1, 2),  # of the evaluation
+    progress=lambda it, **_: it,  # a tqdm-like wrapper
+    **sizes,
+) -> dict:  # as `study_once`: pairs, probes, shares, level
     "Part B for several tokenizers and seeds; stopped, the same call goes on."
     from dera.train_ar import fingerprint
+
     out, models, verdict = Path(out), {k: load_tokenizer(p) for k, p in tokenizers.items()}, None
-    known = json.loads(out.read_text())['rows'] if out.exists() else {}
-    rows = {k: dict(kind=type(m).__name__, fingerprint=fingerprint(m)[:16], sizes=sizes) for k, m in models.items()}
+    known = json.loads(out.read_text())["rows"] if out.exists() else {}
+    rows = {
+        k: dict(kind=type(m).__name__, fingerprint=fingerprint(m)[:16], sizes=sizes)
+        for k, m in models.items()
+    }
     for k, row in rows.items():
-        same = {key: v for key, v in known.get(k, {}).items() if key != 'seeds'} == row; row['seeds'] = known[k]['seeds'] if same else {}
-    if not rows: raise InputError('no tokenizers to study; give a dict of names and folders')
-    about = dict(preset='tiny', seed=', '.join(map(str, seeds)), steps='see the training of each tokenizer', **environment(),
-                 command='dera.metrics.decoupling_study({name: folder, ...}, out)', protocol=_STUDY.format(**dict(pairs=2000, probes=2000, shares=100, level='plain') | sizes))
-    for k, seed in progress([(k, s) for k in rows for s in seeds if str(s) not in rows[k]['seeds']], desc='studying tokenizers', unit='run'):
-        verdict = verdict or Verdict(level=sizes.get('level', 'plain')); rows[k]['seeds'][str(seed)] = study_once(models[k], verdict, seed, **sizes)
-        write_atomic(out, json.dumps(about | dict(rows={**{n: r for n, r in known.items() if n not in rows}, **rows})))
+        same = {key: v for key, v in known.get(k, {}).items() if key != "seeds"} == row
+        row["seeds"] = known[k]["seeds"] if same else {}
+    if not rows:
+        raise InputError("no tokenizers to study; give a dict of names and folders")
+    about = dict(
+        preset="tiny",
+        seed=", ".join(map(str, seeds)),
+        steps="see the training of each tokenizer",
+        **environment(),
+        command="dera.metrics.decoupling_study({name: folder, ...}, out)",
+        protocol=_STUDY.format(**dict(pairs=2000, probes=2000, shares=100, level="plain") | sizes),
+    )
+    for k, seed in progress(
+        [(k, s) for k in rows for s in seeds if str(s) not in rows[k]["seeds"]],
+        desc="studying tokenizers",
+        unit="run",
+    ):
+        verdict = verdict or Verdict(level=sizes.get("level", "plain"))
+        rows[k]["seeds"][str(seed)] = study_once(models[k], verdict, seed, **sizes)
+        write_atomic(
+            out,
+            json.dumps(
+                about | dict(rows={**{n: r for n, r in known.items() if n not in rows}, **rows})
+            ),
+        )
     return about | dict(rows=rows)
 
 # %% ../nbs/13_evaluation.ipynb #h264
-def h264(video:torch.Tensor, # (3, T, H, W) in [0, 1], even height and width
-         crf:int=51 # quality, 51 is the worst
-        ) -> tuple: # decoded video (3, T, H, W), bits
+def h264(
+    video: torch.Tensor,  # (3, T, H, W) in [0, 1], even height and width
+    crf: int = 51,  # quality, 51 is the worst
+) -> tuple:  # decoded video (3, T, H, W), bits
     "Send one clip through H.264."
     import av
-    frames = (video.permute(1, 2, 3, 0)*255).round().byte().cpu().contiguous().numpy(); buffer = io.BytesIO()
-    with av.open(buffer, 'w', format='h264') as file:
-        stream = file.add_stream('libx264', rate=25, options={'crf': str(crf), 'preset': 'veryslow', 'threads': '1', 'x264-params': 'mbtree=0'})
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], 'yuv420p'
-        for frame in frames: file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
+
+    frames = (video.permute(1, 2, 3, 0) * 255).round().byte().cpu().contiguous().numpy()
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="h264") as file:
+        stream = file.add_stream(
+            "libx264",
+            rate=25,
+            options={
+                "crf": str(crf),
+                "preset": "veryslow",
+                "threads": "1",
+                "x264-params": "mbtree=0",
+            },
+        )
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         file.mux(stream.encode())
-    units = re.split(b'\x00\x00\x00?\x01', buffer.getvalue())[1:]; bits = 8*sum(len(u) + 3 for u in units if u[0] & 31 != 6) # 6: a note
+    units = re.split(b"\x00\x00\x00?\x01", buffer.getvalue())[1:]
+    bits = 8 * sum(len(u) + 3 for u in units if u[0] & 31 != 6)  # 6: a note
     buffer.seek(0)
-    with av.open(buffer, format='h264') as file: back = np.stack([f.to_ndarray(format='rgb24') for f in file.decode(video=0)])
-    return torch.from_numpy(back).permute(3, 0, 1, 2)/255, bits
+    with av.open(buffer, format="h264") as file:
+        back = np.stack([f.to_ndarray(format="rgb24") for f in file.decode(video=0)])
+    return torch.from_numpy(back).permute(3, 0, 1, 2) / 255, bits
 
 # %% ../nbs/13_evaluation.ipynb #reconstruct
 @torch.no_grad()
-def reconstruct(tokenizer, video:torch.Tensor # (B, 3, T, H, W) in [0, 1], of the tokenizer's size
-               ) -> dict: # pictures (B, 3, T, H, W) of both codecs; psnr and bits of each clip, and the temporal mean's psnr
+def reconstruct(
+    tokenizer,
+    video: torch.Tensor,  # (B, 3, T, H, W) in [0, 1], of the tokenizer's size
+) -> dict:  # pictures (B, 3, T, H, W) of both codecs; psnr and bits of each clip, and the temporal mean's psnr
     "Clips through the tokenizer, beside H.264 at its lowest rate."
-    _check(video=video); c = tokenizer.config
-    with _frozen(tokenizer): picture = tokenizer.decode(tokenizer.encode(video).indices).clamp(0, 1)
-    coded, bits = zip(*map(h264, video)); coded = torch.stack(coded); tokens = c.num_codes*math.log2(c.codebook_size)
-    return dict(picture=picture, h264=coded, psnr=psnr(picture, video, per_clip=True).tolist(), psnr_h264=psnr(coded, video, per_clip=True).tolist(),
-                psnr_still=psnr(video.mean(2, keepdim=True).expand_as(video), video, per_clip=True).tolist(), bits=[tokens]*len(video), bits_h264=list(bits))
+    _check(video=video)
+    c = tokenizer.config
+    with _frozen(tokenizer):
+        picture = tokenizer.decode(tokenizer.encode(video).indices).clamp(0, 1)
+    coded, bits = zip(*map(h264, video))
+    coded = torch.stack(coded)
+    tokens = c.num_codes * math.log2(c.codebook_size)
+    return dict(
+        picture=picture,
+        h264=coded,
+        psnr=psnr(picture, video, per_clip=True).tolist(),
+        psnr_h264=psnr(coded, video, per_clip=True).tolist(),
+        psnr_still=psnr(
+            video.mean(2, keepdim=True).expand_as(video), video, per_clip=True
+        ).tolist(),
+        bits=[tokens] * len(video),
+        bits_h264=list(bits),
+    )
 
 # %% ../nbs/13_evaluation.ipynb #parts
-_PART = 50 # clips
+_PART = 50  # clips
+
 
 def _save_part(k, rows, folder, work):
     "Measure one part and write it; returns what the user did wrong, or ''."
-    try: arrays = work(rows)
-    except InputError as e: return str(e)
-    buffer = io.BytesIO(); np.savez(buffer, **{name: np.asarray(v) for name, v in arrays.items()})
-    write_atomic(folder/f'part-{k:05d}.npz', buffer.getvalue()); return ''
+    try:
+        arrays = work(rows)
+    except InputError as e:
+        return str(e)
+    buffer = io.BytesIO()
+    np.savez(buffer, **{name: np.asarray(v) for name, v in arrays.items()})
+    write_atomic(folder / f"part-{k:05d}.npz", buffer.getvalue())
+    return ""
 
-def _job(job, folder, work): return _save_part(*job, folder, work)
+
+def _job(job, folder, work):
+    return _save_part(*job, folder, work)
+
 
 def _read_part(file):
     try:
-        with np.load(file, allow_pickle=False) as f: return {k: f[k] for k in f.files}
-    except Exception: raise InputError(f'{file} is damaged; delete it and give the same command again') from None
+        with np.load(file, allow_pickle=False) as f:
+            return {k: f[k] for k in f.files}
+    except Exception:
+        raise InputError(f"{file} is damaged; delete it and give the same command again") from None
 
 # %% ../nbs/13_evaluation.ipynb #run-parts
-def _run_parts(work, # rows -> dict of arrays with one entry a row
-               rows, # clips to measure
-               folder:Path, # for the parts
-               identity:dict, # what the parts belong to
-               workers:int=1, progress=lambda it, **_: it) -> dict: # arrays of all rows, in order
+def _run_parts(
+    work,  # rows -> dict of arrays with one entry a row
+    rows,  # clips to measure
+    folder: Path,  # for the parts
+    identity: dict,  # what the parts belong to
+    workers: int = 1,
+    progress=lambda it, **_: it,
+) -> dict:  # arrays of all rows, in order
     "Measure what is not measured yet and put it together."
     from accelerate import PartialState
+
     from dera.data import _each
-    if workers > 1 and torch.cuda.is_initialized(): raise InputError('several workers need the CPU; with GPUs start one process each with accelerate launch')
-    state = PartialState(cpu=not torch.accelerator.is_available()); folder = RunFolder(folder).path; note, text = folder/'identity.json', json.dumps(identity, indent=1)
-    if note.exists() and note.read_text() != text: raise InputError(f'{folder} holds another evaluation; choose another --out or delete it')
-    if state.is_main_process: RunFolder(folder).check_writable(); write_atomic(note, text)
+
+    if workers > 1 and torch.cuda.is_initialized():
+        raise InputError(
+            "several workers need the CPU; with GPUs start one process each with accelerate launch"
+        )
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    folder = RunFolder(folder).path
+    note, text = folder / "identity.json", json.dumps(identity, indent=1)
+    if note.exists() and note.read_text() != text:
+        raise InputError(f"{folder} holds another evaluation; choose another --out or delete it")
+    if state.is_main_process:
+        RunFolder(folder).check_writable()
+        write_atomic(note, text)
     parts = [(k, p.tolist()) for k, p in enumerate(torch.as_tensor(rows).split(_PART))]
-    todo = [job for job in parts[state.process_index::state.num_processes] if not (folder/f'part-{job[0]:05d}.npz').exists()]
-    job = partial(_job, folder=folder, work=work); results = _each(job, todo, workers) if workers > 1 else ((j, job(j)) for j in todo)
-    for _, wrong in progress(results, total=len(todo), desc=f'measuring {folder.name}', unit='part'):
-        if wrong is None: raise InputError('a process died (out of memory?); give the same command again with fewer workers, it goes on from here')
-        if wrong: raise InputError(wrong)
-    state.wait_for_everyone(); read = [_read_part(folder/f'part-{k:05d}.npz') for k, _ in parts]
+    todo = [
+        job
+        for job in parts[state.process_index :: state.num_processes]
+        if not (folder / f"part-{job[0]:05d}.npz").exists()
+    ]
+    job = partial(_job, folder=folder, work=work)
+    results = _each(job, todo, workers) if workers > 1 else ((j, job(j)) for j in todo)
+    for _, wrong in progress(
+        results, total=len(todo), desc=f"measuring {folder.name}", unit="part"
+    ):
+        if wrong is None:
+            raise InputError(
+                "a process died (out of memory?); give the same command again with fewer workers, it goes on from here"
+            )
+        if wrong:
+            raise InputError(wrong)
+    state.wait_for_everyone()
+    read = [_read_part(folder / f"part-{k:05d}.npz") for k, _ in parts]
     return {name: np.concatenate([r[name] for r in read]) for name in read[0]}
 
 # %% ../nbs/13_evaluation.ipynb #works
 def _resized(video, size):
     "Clips at the size at which they are scored."
-    if size in (0, video.shape[-1]): return video
-    x = F.interpolate(video.transpose(1, 2).flatten(0, 1), (size, size), mode='bilinear', antialias=True)
+    if size in (0, video.shape[-1]):
+        return video
+    x = F.interpolate(
+        video.transpose(1, 2).flatten(0, 1), (size, size), mode="bilinear", antialias=True
+    )
     return x.clamp(0, 1).unflatten(0, (len(video), -1)).transpose(1, 2)
 
-def _device(model): return next(model.parameters()).device
 
-def _stack(clips, rows): return torch.stack([clips[i]['video'] for i in rows])
+def _device(model):
+    return next(model.parameters()).device
+
+
+def _stack(clips, rows):
+    return torch.stack([clips[i]["video"] for i in rows])
+
 
 def _pixel_scores(picture, video, net):
-    error = (picture.double() - video.double()).pow(2).mean((1, 2, 3, 4)); small = min(video.shape[-2:]) < 11
-    return dict(mse=error, ssim=torch.full_like(error, torch.nan) if small else ssim(picture, video, per_clip=True),
-                **({f'lpips_{net}': lpips(picture, video, net, per_clip=True)} if net else {}))
+    error = (picture.double() - video.double()).pow(2).mean((1, 2, 3, 4))
+    small = min(video.shape[-2:]) < 11
+    return dict(
+        mse=error,
+        ssim=torch.full_like(error, torch.nan) if small else ssim(picture, video, per_clip=True),
+        **({f"lpips_{net}": lpips(picture, video, net, per_clip=True)} if net else {}),
+    )
+
 
 @torch.no_grad()
 def _tokenizer_pictures(rows, tokenizer, clips):
     from dera.train_tokenizer import reconstruct_set
-    x = _stack(clips, rows); return x, *reconstruct_set(tokenizer, x, _PART)
 
-def _written(rows, generator, tokenizer, seed, **given): # given: labels and guidance, or prefix
-    indices = generator.generate(**given, seed=[seed + i for i in rows]); return tokenizer.decode(indices).clamp(0, 1).cpu(), indices.cpu()
+    x = _stack(clips, rows)
+    return x, *reconstruct_set(tokenizer, x, _PART)
+
+
+def _written(rows, generator, tokenizer, seed, **given):  # given: labels and guidance, or prefix
+    indices = generator.generate(**given, seed=[seed + i for i in rows])
+    return tokenizer.decode(indices).clamp(0, 1).cpu(), indices.cpu()
+
 
 @torch.no_grad()
 def _generator_pictures(rows, generator, tokenizer, labels, guidance, seed):
-    with _frozen(tokenizer): return _written(rows, generator, tokenizer, seed, labels=labels[rows], guidance=guidance)
+    with _frozen(tokenizer):
+        return _written(rows, generator, tokenizer, seed, labels=labels[rows], guidance=guidance)
+
 
 @torch.no_grad()
-def _predicted_pictures(rows, generator, tokenizer, clips, chosen, given, seed): # rows count samples, chosen[row] is the clip
+def _predicted_pictures(
+    rows, generator, tokenizer, clips, chosen, given, seed
+):  # rows count samples, chosen[row] is the clip
     from dera.ar import frame_prefix
+
     x = _stack(clips, [chosen[i] for i in rows])
-    with _frozen(tokenizer): picture, indices = _written(rows, generator, tokenizer, seed, prefix=frame_prefix(tokenizer, x[:, :, :given].to(_device(tokenizer)), x.shape[2]))
-    picture[:, :, :given] = x[:, :, :given]; return x, picture, indices
+    with _frozen(tokenizer):
+        picture, indices = _written(
+            rows,
+            generator,
+            tokenizer,
+            seed,
+            prefix=frame_prefix(tokenizer, x[:, :, :given].to(_device(tokenizer)), x.shape[2]),
+        )
+    picture[:, :, :given] = x[:, :, :given]
+    return x, picture, indices
 
 # %% ../nbs/13_evaluation.ipynb #part-works
-def _features(extractor, video, p, device): return extractor(_resized(video, p.score_size).to(device)).cpu()
+def _features(extractor, video, p, device):
+    return extractor(_resized(video, p.score_size).to(device)).cpu()
+
 
 def _tokenizer_part(rows, tokenizer, clips, extractor, p, net):
-    x, picture, codes = _tokenizer_pictures(rows, tokenizer, clips); device = _device(tokenizer)
-    return dict(_pixel_scores(picture, x, net), codes=codes, real=_features(extractor, x, p, device), fake=_features(extractor, picture, p, device))
+    x, picture, codes = _tokenizer_pictures(rows, tokenizer, clips)
+    device = _device(tokenizer)
+    return dict(
+        _pixel_scores(picture, x, net),
+        codes=codes,
+        real=_features(extractor, x, p, device),
+        fake=_features(extractor, picture, p, device),
+    )
 
-def _real_part(rows, clips, extractor, p, device): return dict(real=_features(extractor, _stack(clips, rows), p, device))
+
+def _real_part(rows, clips, extractor, p, device):
+    return dict(real=_features(extractor, _stack(clips, rows), p, device))
+
 
 def _generator_part(rows, generator, tokenizer, labels, guidance, extractor, p):
     picture, codes = _generator_pictures(rows, generator, tokenizer, labels, guidance, p.seed)
     return dict(codes=codes, fake=_features(extractor, picture, p, _device(tokenizer)))
 
+
 def _predicted_part(rows, generator, tokenizer, clips, chosen, extractor, p):
-    x, picture, codes = _predicted_pictures(rows, generator, tokenizer, clips, chosen, p.given, p.seed); device = _device(tokenizer)
+    x, picture, codes = _predicted_pictures(
+        rows, generator, tokenizer, clips, chosen, p.given, p.seed
+    )
+    device = _device(tokenizer)
     a, b = (_resized(v, p.score_size) for v in (x, picture))
-    return dict(_pixel_scores(b[:, :, p.given:], a[:, :, p.given:], ''), codes=codes, real=_features(extractor, x, p, device), fake=_features(extractor, picture, p, device))
+    return dict(
+        _pixel_scores(b[:, :, p.given :], a[:, :, p.given :], ""),
+        codes=codes,
+        real=_features(extractor, x, p, device),
+        fake=_features(extractor, picture, p, device),
+    )
 
 # %% ../nbs/13_evaluation.ipynb #setup
 def _clips_of(source, p, config, split_id=1):
     "Clips of a protocol at the tokenizer's size, the protocol as it is then, and a hash of the list of files."
     from dera.data import VideoClips
-    if config.frame[0] != config.frame[1]: raise InputError(f'evaluation reads square clips; this tokenizer takes {config.frame}')
-    p = p.change(num_frames=config.num_frames, size=config.frame[0], given=min(p.given, config.num_frames - 1))
-    clips = VideoClips(source, p.num_frames, p.size, p.sampling, split=p.split, split_id=split_id, seed=p.seed)
+
+    if config.frame[0] != config.frame[1]:
+        raise InputError(f"evaluation reads square clips; this tokenizer takes {config.frame}")
+    p = p.change(
+        num_frames=config.num_frames,
+        size=config.frame[0],
+        given=min(p.given, config.num_frames - 1),
+    )
+    clips = VideoClips(
+        source, p.num_frames, p.size, p.sampling, split=p.split, split_id=split_id, seed=p.seed
+    )
     files = [(Path(f).parent.name, Path(f).name, os.path.getsize(f)) for f in clips.paths]
     return clips, p, hashlib.sha256(json.dumps([files, split_id]).encode()).hexdigest()[:12]
 
+
 def _identity(models, p, extractor, data, **more):
     from dera.train_ar import fingerprint
-    return dict(models=[fingerprint(m)[:16] for m in models], protocol=vars(p), extractor=extractor.name, data=data, **more)
+
+    return dict(
+        models=[fingerprint(m)[:16] for m in models],
+        protocol=vars(p),
+        extractor=extractor.name,
+        data=data,
+        **more,
+    )
+
 
 def _code_values(codes, size):
     from dera.quantize import codebook_stats
-    return {f'code_{k}': v for k, v in codebook_stats(torch.from_numpy(codes), size).items() if k in ('usage', 'perplexity')}
+
+    return {
+        f"code_{k}": v
+        for k, v in codebook_stats(torch.from_numpy(codes), size).items()
+        if k in ("usage", "perplexity")
+    }
+
 
 def _frechet_value(real, fake, extractor):
     "The score under its name; `real` features or statistics."
-    real, fake = (x if isinstance(x, GaussianStats) else GaussianStats(extractor.name).update(torch.from_numpy(x)) for x in (real, fake))
-    return {_score_name(extractor.name, min(real.n, fake.n), len(real.mean)): _distance(real, fake, allow_few=True)}
+    real, fake = (
+        x
+        if isinstance(x, GaussianStats)
+        else GaussianStats(extractor.name).update(torch.from_numpy(x))
+        for x in (real, fake)
+    )
+    return {
+        _score_name(extractor.name, min(real.n, fake.n), len(real.mean)): _distance(
+            real, fake, allow_few=True
+        )
+    }
+
 
 def _pixel_values(found):
-    mean = {k: float(np.mean(v)) for k, v in found.items() if k in ('mse', 'ssim') or k.startswith('lpips')}
-    return dict(psnr=-10*math.log10(mean.pop('mse')) if mean['mse'] else math.inf, psnr_mean_of_clips=float(np.mean(-10*np.log10(np.maximum(found['mse'], 1e-12)))), **mean)
+    mean = {
+        k: float(np.mean(v))
+        for k, v in found.items()
+        if k in ("mse", "ssim") or k.startswith("lpips")
+    }
+    return dict(
+        psnr=-10 * math.log10(mean.pop("mse")) if mean["mse"] else math.inf,
+        psnr_mean_of_clips=float(np.mean(-10 * np.log10(np.maximum(found["mse"], 1e-12)))),
+        **mean,
+    )
 
 # %% ../nbs/13_evaluation.ipynb #page
-def evaluation_table(result:dict) -> str: # of an `evaluate_...` function; text
+def evaluation_table(result: dict) -> str:  # of an `evaluate_...` function; text
     "Numbers with their protocol, for a terminal."
-    lines = [f'{result["task"]}, {result["protocol"]}'] + [f'  {k:44} {v:10.4f}' for k, v in result['values'].items()]
-    held = result.get('held_out')
-    if isinstance(held, dict): lines += ['the same on held-out clips, since the split above is that of the training:'] + ['  ' + l for l in evaluation_table(held).splitlines()]
-    elif held: lines.append(held)
-    return '\n'.join(lines)
+    lines = [f"{result['task']}, {result['protocol']}"] + [
+        f"  {k:44} {v:10.4f}" for k, v in result["values"].items()
+    ]
+    held = result.get("held_out")
+    if isinstance(held, dict):
+        lines += ["the same on held-out clips, since the split above is that of the training:"] + [
+            "  " + l for l in evaluation_table(held).splitlines()
+        ]
+    elif held:
+        lines.append(held)
+    return "\n".join(lines)
 
-def _write_page(result, out, shown): # shown: [(heading, rows of clips {name: (n, 3, T, H, W)}, caption)]
-    from dera import report
-    rows = lambda r: [dict(measure=k, value=v) for k, v in r['values'].items()]
-    origin = lambda r: r['protocol'] + '; ' + ', '.join(f'{k} {result[k]}' for k in ('torch', 'device', 'commit'))
-    tables = [report.table(rows(result), 'Measured', origin(result))]; held = result.get('held_out')
-    if held: tables.append(report.table(rows(held), 'The same on held-out clips', origin(held)) if isinstance(held, dict) else report.note(held))
-    grids = [(heading, report.clip_grid(torch.cat(list(sets.values())), list(sets), names, caption, f'{heading}: moving clips', zoom=max(1, 96//next(iter(sets.values())).shape[-1])))
-             for heading, sets, names, caption in shown]
-    report.write_report(Path(out)/'report.html', f'Evaluation: {result["task"]}', [('Numbers', tables), *grids], lead=result['protocol'])
+
+def _write_page(
+    result, out, shown
+):  # shown: [(heading, rows of clips {name: (n, 3, T, H, W)}, caption)]
+    from dera.tools import report
+
+    rows = lambda r: [dict(measure=k, value=v) for k, v in r["values"].items()]
+    origin = lambda r: (
+        r["protocol"] + "; " + ", ".join(f"{k} {result[k]}" for k in ("torch", "device", "commit"))
+    )
+    tables = [report.table(rows(result), "Measured", origin(result))]
+    held = result.get("held_out")
+    if held:
+        tables.append(
+            report.table(rows(held), "The same on held-out clips", origin(held))
+            if isinstance(held, dict)
+            else report.note(held)
+        )
+    grids = [
+        (
+            heading,
+            report.clip_grid(
+                torch.cat(list(sets.values())),
+                list(sets),
+                names,
+                caption,
+                f"{heading}: moving clips",
+                zoom=max(1, 96 // next(iter(sets.values())).shape[-1]),
+            ),
+        )
+        for heading, sets, names, caption in shown
+    ]
+    report.write_report(
+        Path(out) / "report.html",
+        f"Evaluation: {result['task']}",
+        [("Numbers", tables), *grids],
+        lead=result["protocol"],
+    )
+
 
 def _ends(score, n=6):
     "Indices of the lowest and of the highest scores."
-    order = np.argsort(score, kind='stable'); n = min(n, max(1, len(order)//2)); return order[:n].tolist(), order[::-1][:n].tolist()
+    order = np.argsort(score, kind="stable")
+    n = min(n, max(1, len(order) // 2))
+    return order[:n].tolist(), order[::-1][:n].tolist()
+
 
 def _finish(result, out, shown):
     from accelerate import PartialState
-    if PartialState().is_main_process: write_atomic(Path(out)/'evaluation.json', json.dumps(_plain(result), indent=1)); _write_page(result, out, shown)
+
+    if PartialState().is_main_process:
+        write_atomic(Path(out) / "evaluation.json", json.dumps(_plain(result), indent=1))
+        _write_page(result, out, shown)
     return result
 
-def _plain(tree): # JSON knows no infinity
-    if isinstance(tree, dict): return {k: _plain(v) for k, v in tree.items()}
+
+def _plain(tree):  # JSON knows no infinity
+    if isinstance(tree, dict):
+        return {k: _plain(v) for k, v in tree.items()}
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 # %% ../nbs/13_evaluation.ipynb #held-out
 def _held_out(source, p, again):
     "The same evaluation on a split that no training saw, or one line on why there is none."
     from dera.data import manifest
-    if p.split != 'train': return {}
-    for split in 'test', 'val':
-        try: manifest(source, split)
-        except InputError: continue
+
+    if p.split != "train":
+        return {}
+    for split in "test", "val":
+        try:
+            manifest(source, split)
+        except InputError:
+            continue
         return dict(held_out=again(p.change(split=split)))
-    return dict(held_out='these are numbers of a training split, and the data has no test or val split to compare them with')
+    return dict(
+        held_out="these are numbers of a training split, and the data has no test or val split to compare them with"
+    )
 
 # %% ../nbs/13_evaluation.ipynb #evaluate-tokenizer
-def evaluate_tokenizer(tokenizer, # of clips
-                       source, # data, as in `dera.data.VideoClips`
-                       out:str|Path, # folder: parts, evaluation.json, report.html
-                       p:Protocol=PROTOCOLS['heldout'], # what to compare
-                       extractor:Extractor|None=None, # on the tokenizer's device; default: `load_extractor('pocket-video')`
-                       lpips_net:str='', # `alex` or `vgg` adds LPIPS
-                       workers:int=1, # processes
-                       split_id:int=1, # of UCF-101
-                       progress=lambda it, **_: it # a tqdm-like wrapper
-                      ) -> dict: # task, protocol, values, clips, environment; for a train split also held_out
+def evaluate_tokenizer(
+    tokenizer,  # of clips
+    source,  # data, as in `dera.data.VideoClips`
+    out: str | Path,  # folder: parts, evaluation.json, report.html
+    p: Protocol = PROTOCOLS["heldout"],  # what to compare
+    extractor: Extractor
+    | None = None,  # on the tokenizer's device; default: `load_extractor('pocket-video')`
+    lpips_net: str = "",  # `alex` or `vgg` adds LPIPS
+    workers: int = 1,  # processes
+    split_id: int = 1,  # of UCF-101
+    progress=lambda it, **_: it,  # a tqdm-like wrapper
+) -> dict:  # task, protocol, values, clips, environment; for a train split also held_out
     "Measure reconstructions."
-    extractor, c, asked, out = extractor or load_extractor(device=_device(tokenizer)), tokenizer.config, p, Path(out)
-    clips, p, data = _clips_of(source, p, c, split_id); rows = protocol_rows(p, len(clips)); identity = _identity([tokenizer], p, extractor, data, lpips=lpips_net)
-    work = partial(_tokenizer_part, tokenizer=tokenizer, clips=clips, extractor=extractor, p=p, net=lpips_net)
-    found = _run_parts(work, rows, out/'parts', identity, workers, progress); each = -10*np.log10(np.maximum(found['mse'], 1e-12))
-    values = _pixel_values(found) | _frechet_value(found['real'], found['fake'], extractor) | _code_values(found['codes'], c.codebook_size)
-    again = lambda q: evaluate_tokenizer(tokenizer, source, out/'held-out', q, extractor, lpips_net, workers, split_id, progress)
+    extractor, c, asked, out = (
+        extractor or load_extractor(device=_device(tokenizer)),
+        tokenizer.config,
+        p,
+        Path(out),
+    )
+    clips, p, data = _clips_of(source, p, c, split_id)
+    rows = protocol_rows(p, len(clips))
+    identity = _identity([tokenizer], p, extractor, data, lpips=lpips_net)
+    work = partial(
+        _tokenizer_part, tokenizer=tokenizer, clips=clips, extractor=extractor, p=p, net=lpips_net
+    )
+    found = _run_parts(work, rows, out / "parts", identity, workers, progress)
+    each = -10 * np.log10(np.maximum(found["mse"], 1e-12))
+    values = (
+        _pixel_values(found)
+        | _frechet_value(found["real"], found["fake"], extractor)
+        | _code_values(found["codes"], c.codebook_size)
+    )
+    again = lambda q: evaluate_tokenizer(
+        tokenizer, source, out / "held-out", q, extractor, lpips_net, workers, split_id, progress
+    )
     names = [_name(clips, i) for i in rows.tolist()]
-    result = dict(task='reconstruction', protocol=p.describe(extractor, len(rows), len(rows)), values=values, **environment(),
-                  clips=[dict(file=n, psnr=float(d)) for n, d in zip(names, each)], **_held_out(source, asked, again))
-    return _finish(result, out, [_show_pairs(k, e, each, names, lambda r: _tokenizer_pictures(rows[r].tolist(), tokenizer, clips)[:2]) for k, e in zip(('Worst', 'Best'), _ends(each))])
+    result = dict(
+        task="reconstruction",
+        protocol=p.describe(extractor, len(rows), len(rows)),
+        values=values,
+        **environment(),
+        clips=[dict(file=n, psnr=float(d)) for n, d in zip(names, each)],
+        **_held_out(source, asked, again),
+    )
+    return _finish(
+        result,
+        out,
+        [
+            _show_pairs(
+                k,
+                e,
+                each,
+                names,
+                lambda r: _tokenizer_pictures(rows[r].tolist(), tokenizer, clips)[:2],
+            )
+            for k, e in zip(("Worst", "Best"), _ends(each))
+        ],
+    )
 
 # %% ../nbs/13_evaluation.ipynb #show
 def _name(clips, i):
     "The file of entry i."
-    f = i if clips._entries is None else clips._entries[i][0]; return Path(clips.paths[f]).stem
+    f = i if clips._entries is None else clips._entries[i][0]
+    return Path(clips.paths[f]).stem
+
 
 def _show_pairs(which, rows, each, names, pictures):
     real, other = pictures(rows)
-    return (which, dict(real=real, ours=other), [f'{names[r].replace("_", " ")} {each[r]:.1f} dB' for r in rows], f'{which} {len(rows)} of {len(each)} clips by PSNR: above as they are, below ours.')
+    return (
+        which,
+        dict(real=real, ours=other),
+        [f"{names[r].replace('_', ' ')} {each[r]:.1f} dB" for r in rows],
+        f"{which} {len(rows)} of {len(each)} clips by PSNR: above as they are, below ours.",
+    )
 
 # %% ../nbs/13_evaluation.ipynb #evaluate-generator
 def _reference(source, out, p, config, extractor, device, workers, split_id, progress):
     "Statistics of a protocol's real clips, kept in out/reference."
-    clips, p, data = _clips_of(source, p, config, split_id); rows = protocol_rows(p, len(clips)); line = f'{p.describe(extractor, len(rows), 0)}; data {data}'
-    key = hashlib.sha256(line.encode()).hexdigest()[:12]; file = Path(out)/f'reference-{key}.npz'
+    clips, p, data = _clips_of(source, p, config, split_id)
+    rows = protocol_rows(p, len(clips))
+    line = f"{p.describe(extractor, len(rows), 0)}; data {data}"
+    key = hashlib.sha256(line.encode()).hexdigest()[:12]
+    file = Path(out) / f"reference-{key}.npz"
     if not file.exists():
         work = partial(_real_part, clips=clips, extractor=extractor, p=p, device=device)
-        found = _run_parts(work, rows, Path(out)/f'real-{key}', _identity([], p, extractor, data), workers, progress)
-        save_stats(file, GaussianStats(extractor.name).update(torch.from_numpy(found['real'])), line)
+        found = _run_parts(
+            work,
+            rows,
+            Path(out) / f"real-{key}",
+            _identity([], p, extractor, data),
+            workers,
+            progress,
+        )
+        save_stats(
+            file, GaussianStats(extractor.name).update(torch.from_numpy(found["real"])), line
+        )
     return load_stats(file, extractor.name, line), p
 
-def evaluate_generator(generator, tokenizer, source, out:str|Path, # a pair that belongs together; the rest as in `evaluate_tokenizer`
-                       p:Protocol=PROTOCOLS['larp-gfvd'], extractor:Extractor|None=None, guidance:float=1.25, workers:int=1, split_id:int=1,
-                       progress=lambda it, **_: it) -> dict: # as `evaluate_tokenizer`
+
+def evaluate_generator(
+    generator,
+    tokenizer,
+    source,
+    out: str | Path,  # a pair that belongs together; the rest as in `evaluate_tokenizer`
+    p: Protocol = PROTOCOLS["larp-gfvd"],
+    extractor: Extractor | None = None,
+    guidance: float = 1.25,
+    workers: int = 1,
+    split_id: int = 1,
+    progress=lambda it, **_: it,
+) -> dict:  # as `evaluate_tokenizer`
     "Measure generated clips, equally many of each class, against real ones."
-    device = _device(tokenizer); extractor, asked, out = extractor or load_extractor(device=device), p, Path(out)
-    _belong(generator, tokenizer); real, p = _reference(source, out, p, tokenizer.config, extractor, device, workers, split_id, progress)
-    n = p.samples or real.n; labels = torch.arange(n) % generator.config.num_classes; held = {}
-    work = partial(_generator_part, generator=generator, tokenizer=tokenizer, labels=labels, guidance=guidance, extractor=extractor, p=p)
-    found = _run_parts(work, torch.arange(n), out/'parts', _identity([generator, tokenizer], replace(p, split=None), extractor, '', guidance=guidance, samples=n), workers, progress)
-    values = lambda real: _frechet_value(real, found['fake'], extractor) | _code_values(found['codes'], tokenizer.config.codebook_size)
-    result = lambda real, p: dict(task='generation', protocol=p.describe(extractor, real.n, n) + f'; guidance {guidance}', values=values(real), **environment())
-    again = lambda q: result(*_reference(source, out, q, tokenizer.config, extractor, device, workers, split_id, progress))
-    mean, cov = real.finish(); each = -((torch.from_numpy(found['fake']).double() - mean)/cov.diag().clamp(min=1e-12).sqrt()).pow(2).mean(1).sqrt().numpy()
+    device = _device(tokenizer)
+    extractor, asked, out = extractor or load_extractor(device=device), p, Path(out)
+    _belong(generator, tokenizer)
+    real, p = _reference(
+        source, out, p, tokenizer.config, extractor, device, workers, split_id, progress
+    )
+    n = p.samples or real.n
+    labels = torch.arange(n) % generator.config.num_classes
+    held = {}
+    work = partial(
+        _generator_part,
+        generator=generator,
+        tokenizer=tokenizer,
+        labels=labels,
+        guidance=guidance,
+        extractor=extractor,
+        p=p,
+    )
+    found = _run_parts(
+        work,
+        torch.arange(n),
+        out / "parts",
+        _identity(
+            [generator, tokenizer],
+            replace(p, split=None),
+            extractor,
+            "",
+            guidance=guidance,
+            samples=n,
+        ),
+        workers,
+        progress,
+    )
+    values = lambda real: (
+        _frechet_value(real, found["fake"], extractor)
+        | _code_values(found["codes"], tokenizer.config.codebook_size)
+    )
+    result = lambda real, p: dict(
+        task="generation",
+        protocol=p.describe(extractor, real.n, n) + f"; guidance {guidance}",
+        values=values(real),
+        **environment(),
+    )
+    again = lambda q: result(
+        *_reference(
+            source, out, q, tokenizer.config, extractor, device, workers, split_id, progress
+        )
+    )
+    mean, cov = real.finish()
+    each = (
+        -((torch.from_numpy(found["fake"]).double() - mean) / cov.diag().clamp(min=1e-12).sqrt())
+        .pow(2)
+        .mean(1)
+        .sqrt()
+        .numpy()
+    )
     draw = lambda r: _generator_pictures(r, generator, tokenizer, labels, guidance, p.seed)[0]
-    shown = [(k, dict(generated=draw(e)), [f'class {labels[r]}, {-each[r]:.2f}' for r in e], f'{k} {len(e)} of {n} clips by the distance of their features from the real mean.') for k, e in zip(('Least like the real ones', 'Most like the real ones'), _ends(each))]
+    shown = [
+        (
+            k,
+            dict(generated=draw(e)),
+            [f"class {labels[r]}, {-each[r]:.2f}" for r in e],
+            f"{k} {len(e)} of {n} clips by the distance of their features from the real mean.",
+        )
+        for k, e in zip(("Least like the real ones", "Most like the real ones"), _ends(each))
+    ]
     clips = [dict(label=int(l), distance=float(-d)) for l, d in zip(labels, each)]
-    return _finish(result(real, p) | dict(clips=clips) | _held_out(source, asked, again), out, shown)
+    return _finish(
+        result(real, p) | dict(clips=clips) | _held_out(source, asked, again), out, shown
+    )
 
 # %% ../nbs/13_evaluation.ipynb #evaluate-prediction
 def _belong(generator, tokenizer):
     "Refuse a generator of other tokens."
     from dera.train_ar import fingerprint
-    g, c = generator.config, tokenizer.config # one that names no tokenizer must fit in size
-    fits = g.tokenizer == fingerprint(tokenizer) if g.tokenizer else (g.num_tokens, g.vocab_size) == (c.num_codes, c.codebook_size)
-    if not fits: raise InputError('the generator was trained on tokens of another tokenizer; name the one that belongs to it')
 
-def evaluate_prediction(generator, tokenizer, source, out:str|Path, # a generator that continues a prefix; the rest as in `evaluate_tokenizer`
-                        p:Protocol=PROTOCOLS['k600-fp'], extractor:Extractor|None=None, workers:int=1, split_id:int=1,
-                        progress=lambda it, **_: it) -> dict: # as `evaluate_tokenizer`
+    g, c = generator.config, tokenizer.config  # one that names no tokenizer must fit in size
+    fits = (
+        g.tokenizer == fingerprint(tokenizer)
+        if g.tokenizer
+        else (g.num_tokens, g.vocab_size) == (c.num_codes, c.codebook_size)
+    )
+    if not fits:
+        raise InputError(
+            "the generator was trained on tokens of another tokenizer; name the one that belongs to it"
+        )
+
+
+def evaluate_prediction(
+    generator,
+    tokenizer,
+    source,
+    out: str | Path,  # a generator that continues a prefix; the rest as in `evaluate_tokenizer`
+    p: Protocol = PROTOCOLS["k600-fp"],
+    extractor: Extractor | None = None,
+    workers: int = 1,
+    split_id: int = 1,
+    progress=lambda it, **_: it,
+) -> dict:  # as `evaluate_tokenizer`
     "Measure predicted frames: the first `given` frames are known."
-    extractor, asked, out, c = extractor or load_extractor(device=_device(tokenizer)), p, Path(out), tokenizer.config; _belong(generator, tokenizer)
-    if not generator.config.prefix_tokens: raise InputError('this generator continues no prefix (it was trained on classes); train one with condition_frames')
-    clips, p, data = _clips_of(source, p, c, split_id); chosen = protocol_rows(p, len(clips), repeat=True).tolist(); n = len(chosen)
-    if not p.given: raise InputError(f'{p.name} gives no frames to continue; choose k600-fp, or change given')
-    work = partial(_predicted_part, generator=generator, tokenizer=tokenizer, clips=clips, chosen=chosen, extractor=extractor, p=p)
-    found = _run_parts(work, torch.arange(n), out/'parts', _identity([generator, tokenizer], p, extractor, data), workers, progress); each = -10*np.log10(np.maximum(found['mse'], 1e-12))
-    values = _pixel_values(found) | _frechet_value(found['real'], found['fake'], extractor) | _code_values(found['codes'], c.codebook_size)
-    again = lambda q: evaluate_prediction(generator, tokenizer, source, out/'held-out', q, extractor, workers, split_id, progress); names = [_name(clips, i) for i in chosen]
-    result = dict(task='frame prediction', protocol=p.describe(extractor, n, n), values=values, **environment(), clips=[dict(file=f, psnr=float(d)) for f, d in zip(names, each)])
-    draw = lambda r: _predicted_pictures(r, generator, tokenizer, clips, chosen, p.given, p.seed)[:2]
-    return _finish(result | _held_out(source, asked, again), out, [_show_pairs(k, e, each, names, draw) for k, e in zip(('Worst', 'Best'), _ends(each))])
+    extractor, asked, out, c = (
+        extractor or load_extractor(device=_device(tokenizer)),
+        p,
+        Path(out),
+        tokenizer.config,
+    )
+    _belong(generator, tokenizer)
+    if not generator.config.prefix_tokens:
+        raise InputError(
+            "this generator continues no prefix (it was trained on classes); train one with condition_frames"
+        )
+    clips, p, data = _clips_of(source, p, c, split_id)
+    chosen = protocol_rows(p, len(clips), repeat=True).tolist()
+    n = len(chosen)
+    if not p.given:
+        raise InputError(f"{p.name} gives no frames to continue; choose k600-fp, or change given")
+    work = partial(
+        _predicted_part,
+        generator=generator,
+        tokenizer=tokenizer,
+        clips=clips,
+        chosen=chosen,
+        extractor=extractor,
+        p=p,
+    )
+    found = _run_parts(
+        work,
+        torch.arange(n),
+        out / "parts",
+        _identity([generator, tokenizer], p, extractor, data),
+        workers,
+        progress,
+    )
+    each = -10 * np.log10(np.maximum(found["mse"], 1e-12))
+    values = (
+        _pixel_values(found)
+        | _frechet_value(found["real"], found["fake"], extractor)
+        | _code_values(found["codes"], c.codebook_size)
+    )
+    again = lambda q: evaluate_prediction(
+        generator, tokenizer, source, out / "held-out", q, extractor, workers, split_id, progress
+    )
+    names = [_name(clips, i) for i in chosen]
+    result = dict(
+        task="frame prediction",
+        protocol=p.describe(extractor, n, n),
+        values=values,
+        **environment(),
+        clips=[dict(file=f, psnr=float(d)) for f, d in zip(names, each)],
+    )
+    draw = lambda r: _predicted_pictures(r, generator, tokenizer, clips, chosen, p.given, p.seed)[
+        :2
+    ]
+    return _finish(
+        result | _held_out(source, asked, again),
+        out,
+        [_show_pairs(k, e, each, names, draw) for k, e in zip(("Worst", "Best"), _ends(each))],
+    )

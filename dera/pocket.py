@@ -15,158 +15,266 @@ from io import BytesIO
 from itertools import product
 from pathlib import Path
 
-import numpy as np, torch
-from .utils import InputError, write_atomic
+import numpy as np
+import torch
+
+from .runtime.errors import InputError
+from .runtime.run_folder import write_atomic
 
 # %% ../nbs/01_pocket_world.ipynb #names
-SHAPES = 'Ellipse Triangle Square Plus Star Heart Arrow Trefoil'.split()
-TEXTURES = 'solid stripes checker dots'.split()
-BACKGROUNDS = 'plain gradient stripes noise'.split()
-MOTIONS = ('Translate Oscillate Circle Spiral Zigzag Bounce SpinLeft SpinRight '
-           'Grow Shrink Pan Zoom Shake Occlude').split()
-LEVELS = dict(plain=(1, 2), textured=(4, 3), busy=(4, 4)) # textures and backgrounds in use
+SHAPES = ["Ellipse", "Triangle", "Square", "Plus", "Star", "Heart", "Arrow", "Trefoil"]
+TEXTURES = ["solid", "stripes", "checker", "dots"]
+BACKGROUNDS = ["plain", "gradient", "stripes", "noise"]
+MOTIONS = [
+    "Translate",
+    "Oscillate",
+    "Circle",
+    "Spiral",
+    "Zigzag",
+    "Bounce",
+    "SpinLeft",
+    "SpinRight",
+    "Grow",
+    "Shrink",
+    "Pan",
+    "Zoom",
+    "Shake",
+    "Occlude",
+]
+LEVELS = dict(plain=(1, 2), textured=(4, 3), busy=(4, 4))  # textures and backgrounds in use
 CLASSES = [shape + motion for shape in SHAPES for motion in MOTIONS]
-_MOTION_FACTORS = 'motion x y angle speed phase'.split()
+_MOTION_FACTORS = ["motion", "x", "y", "angle", "speed", "phase"]
 
 # %% ../nbs/01_pocket_world.ipynb #factors
 @dataclass
 class Factors:
     "Everything that determines n clips; each field is a tensor of n values."
-    shape: torch.Tensor      # index into SHAPES
-    texture: torch.Tensor    # index into TEXTURES
-    hue: torch.Tensor        # [0, 1), colour of the object
-    size: torch.Tensor       # radius of the disc of the same area; the frame spans [-1, 1]
-    tilt: torch.Tensor       # radians
-    background: torch.Tensor # index into BACKGROUNDS
-    bg_hue: torch.Tensor     # [0, 1)
-    bg_value: torch.Tensor   # brightness of the background
-    bg_angle: torch.Tensor   # radians, direction of gradient, stripes and noise
-    motion: torch.Tensor     # index into MOTIONS
-    x: torch.Tensor          # centre of the path
+
+    shape: torch.Tensor  # index into SHAPES
+    texture: torch.Tensor  # index into TEXTURES
+    hue: torch.Tensor  # [0, 1), colour of the object
+    size: torch.Tensor  # radius of the disc of the same area; the frame spans [-1, 1]
+    tilt: torch.Tensor  # radians
+    background: torch.Tensor  # index into BACKGROUNDS
+    bg_hue: torch.Tensor  # [0, 1)
+    bg_value: torch.Tensor  # brightness of the background
+    bg_angle: torch.Tensor  # radians, direction of gradient, stripes and noise
+    motion: torch.Tensor  # index into MOTIONS
+    x: torch.Tensor  # centre of the path
     y: torch.Tensor
-    angle: torch.Tensor      # radians, direction of the path
-    speed: torch.Tensor      # 1 is usual
-    phase: torch.Tensor      # [0, 1), where on its cycle the motion starts
+    angle: torch.Tensor  # radians, direction of the path
+    speed: torch.Tensor  # 1 is usual
+    phase: torch.Tensor  # [0, 1), where on its cycle the motion starts
 
-    def __len__(self): return len(self.shape)
+    def __len__(self):
+        return len(self.shape)
 
-    def __getitem__(self, i): # an index, slice or index tensor
+    def __getitem__(self, i):  # an index, slice or index tensor
         return Factors(**{f.name: torch.atleast_1d(getattr(self, f.name)[i]) for f in fields(self)})
 
-    def to(self, device): return Factors(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+    def to(self, device):
+        return Factors(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
-    def swap(self, motion_of:'Factors') -> 'Factors':
+    def swap(self, motion_of: "Factors") -> "Factors":
         "My appearance with another's motion: the ground truth of token swapping."
         return replace(self, **{k: getattr(motion_of, k) for k in _MOTION_FACTORS})
 
     @property
-    def label(self) -> torch.Tensor: return self.shape*len(MOTIONS) + self.motion # index into CLASSES
+    def label(self) -> torch.Tensor:
+        return self.shape * len(MOTIONS) + self.motion  # index into CLASSES
 
 # %% ../nbs/01_pocket_world.ipynb #check
 def _check(**values):
     "Every value must be a whole number of at least 1."
     for name, v in values.items():
-        if not hasattr(v, '__index__') or v < 1: raise InputError(f'{name} is {v}; give a whole number of at least 1')
+        if not hasattr(v, "__index__") or v < 1:
+            raise InputError(f"{name} is {v}; give a whole number of at least 1")
 
 # %% ../nbs/01_pocket_world.ipynb #uniform
 def _uniform(n, channel, seed):
     "n numbers in [0, 1), the i-th a hash of (seed, i, channel)."
-    with np.errstate(over='ignore'):
-        z = (np.arange(n, dtype=np.uint64) + np.uint64(1))*np.uint64(0x9E3779B97F4A7C15)
-        z += np.uint64(seed % 2**64)*np.uint64(0xD1B54A32D192ED03) + np.uint64(channel + 1)*np.uint64(0x8CB92BA72F3D8DD7)
-        for shift, multiplier in (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 0x9E3779B97F4A7C15):
-            z = (z ^ (z >> np.uint64(shift)))*np.uint64(multiplier)
+    with np.errstate(over="ignore"):
+        z = (np.arange(n, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        z += np.uint64(seed % 2**64) * np.uint64(0xD1B54A32D192ED03) + np.uint64(
+            channel + 1
+        ) * np.uint64(0x8CB92BA72F3D8DD7)
+        for shift, multiplier in (
+            (30, 0xBF58476D1CE4E5B9),
+            (27, 0x94D049BB133111EB),
+            (31, 0x9E3779B97F4A7C15),
+        ):
+            z = (z ^ (z >> np.uint64(shift))) * np.uint64(multiplier)
         z ^= z >> np.uint64(32)
-    return (z >> np.uint64(11)).astype(np.float64)/2**53
+    return (z >> np.uint64(11)).astype(np.float64) / 2**53
 
 # %% ../nbs/01_pocket_world.ipynb #sample
-_RANGES = dict(hue=(0, 1), size=(.32, .48), tilt=(0, 2*math.pi), bg_hue=(0, 1), bg_value=(.1, .45), bg_angle=(0, 2*math.pi),
-               x=(-.25, .25), y=(-.25, .25), angle=(0, 2*math.pi), speed=(.7, 1.3), phase=(0, 1))
+_RANGES = dict(
+    hue=(0, 1),
+    size=(0.32, 0.48),
+    tilt=(0, 2 * math.pi),
+    bg_hue=(0, 1),
+    bg_value=(0.1, 0.45),
+    bg_angle=(0, 2 * math.pi),
+    x=(-0.25, 0.25),
+    y=(-0.25, 0.25),
+    angle=(0, 2 * math.pi),
+    speed=(0.7, 1.3),
+    phase=(0, 1),
+)
 
-def sample_factors(n:int, # how many clips
-                   seed:int, # any integer
-                   level:str='plain' # `plain`, `textured` or `busy`
-                  ) -> Factors: # n values a field, all independent
+
+def sample_factors(
+    n: int,  # how many clips
+    seed: int,  # any integer
+    level: str = "plain",  # `plain`, `textured` or `busy`
+) -> Factors:  # n values a field, all independent
     "Draw factors; entry i depends on the seed and i, never on n."
     _check(n=n)
-    if level not in LEVELS: raise InputError(f'unknown level {level!r}; choose one of {", ".join(LEVELS)}')
+    if level not in LEVELS:
+        raise InputError(f"unknown level {level!r}; choose one of {', '.join(LEVELS)}")
     textures, backgrounds = LEVELS[level]
     count = dict(shape=len(SHAPES), texture=textures, background=backgrounds, motion=len(MOTIONS))
     values = {}
     for channel, field in enumerate(fields(Factors)):
         u = _uniform(n, channel, seed)
-        if field.name in count: values[field.name] = torch.from_numpy((u*count[field.name]).astype(np.int64))
+        if field.name in count:
+            values[field.name] = torch.from_numpy((u * count[field.name]).astype(np.int64))
         else:
             low, high = _RANGES[field.name]
-            values[field.name] = torch.from_numpy(low + u*(high - low)).float()
+            values[field.name] = torch.from_numpy(low + u * (high - low)).float()
     return Factors(**values)
 
 # %% ../nbs/01_pocket_world.ipynb #shapes
-_DIRECTIONS = np.arange(512)*2*np.pi/512
+_DIRECTIONS = np.arange(512) * 2 * np.pi / 512
+
 
 def _polygon(points):
     "Distance from the origin to a polygon's outline, in 512 directions."
-    p = np.asarray(points, float); edge = np.roll(p, -1, 0) - p
+    p = np.asarray(points, float)
+    edge = np.roll(p, -1, 0) - p
     d = np.stack([np.cos(_DIRECTIONS), np.sin(_DIRECTIONS)], -1)[:, None]
-    det = d[..., 0]*edge[:, 1] - d[..., 1]*edge[:, 0]
+    det = d[..., 0] * edge[:, 1] - d[..., 1] * edge[:, 0]
     det = np.where(abs(det) < 1e-12, 1e-12, det)
-    r, u = (p[:, 0]*edge[:, 1] - p[:, 1]*edge[:, 0])/det, (p[:, 0]*d[..., 1] - p[:, 1]*d[..., 0])/det
+    r, u = (
+        (p[:, 0] * edge[:, 1] - p[:, 1] * edge[:, 0]) / det,
+        (p[:, 0] * d[..., 1] - p[:, 1] * d[..., 0]) / det,
+    )
     return np.where((u > -1e-9) & (u < 1 + 1e-9) & (r > 0), r, 0).max(1)
+
 
 def _ring(radii):
     "Vertices at equal angles, the first one up."
-    return [(r*math.sin(2*math.pi*i/len(radii)), -r*math.cos(2*math.pi*i/len(radii))) for i, r in enumerate(radii)]
+    return [
+        (r * math.sin(2 * math.pi * i / len(radii)), -r * math.cos(2 * math.pi * i / len(radii)))
+        for i, r in enumerate(radii)
+    ]
+
 
 def _shape_table():
     "Radius and slope factor of each shape, (8, 512, 2)."
-    a, b, turn = 1., .34, np.linspace(0, 2*np.pi, 200, endpoint=False)
-    plus = [(b, a), (b, b), (a, b), (a, -b), (b, -b), (b, -a), (-b, -a), (-b, -b), (-a, -b), (-a, b), (-b, b), (-b, a)]
-    arrow = [(0, -1.1), (.85, -.05), (.35, -.05), (.35, .9), (-.35, .9), (-.35, -.05), (-.85, -.05)]
-    heart = np.stack([16*np.sin(turn)**3, -13*np.cos(turn) + 5*np.cos(2*turn) + 2*np.cos(3*turn) + np.cos(4*turn) + 1], -1)
-    ellipse = 1/np.sqrt(np.cos(_DIRECTIONS)**2 + (np.sin(_DIRECTIONS)/.5)**2)
-    trefoil = .7 + .3*np.cos(3*_DIRECTIONS + np.pi/2)
-    r = np.stack([ellipse, *map(_polygon, [_ring([1]*3), _ring([1]*4), plus, _ring([1, .42]*5), heart, arrow]), trefoil])
+    a, b, turn = 1.0, 0.34, np.linspace(0, 2 * np.pi, 200, endpoint=False)
+    plus = [
+        (b, a),
+        (b, b),
+        (a, b),
+        (a, -b),
+        (b, -b),
+        (b, -a),
+        (-b, -a),
+        (-b, -b),
+        (-a, -b),
+        (-a, b),
+        (-b, b),
+        (-b, a),
+    ]
+    arrow = [
+        (0, -1.1),
+        (0.85, -0.05),
+        (0.35, -0.05),
+        (0.35, 0.9),
+        (-0.35, 0.9),
+        (-0.35, -0.05),
+        (-0.85, -0.05),
+    ]
+    heart = np.stack(
+        [
+            16 * np.sin(turn) ** 3,
+            -13 * np.cos(turn) + 5 * np.cos(2 * turn) + 2 * np.cos(3 * turn) + np.cos(4 * turn) + 1,
+        ],
+        -1,
+    )
+    ellipse = 1 / np.sqrt(np.cos(_DIRECTIONS) ** 2 + (np.sin(_DIRECTIONS) / 0.5) ** 2)
+    trefoil = 0.7 + 0.3 * np.cos(3 * _DIRECTIONS + np.pi / 2)
+    r = np.stack(
+        [
+            ellipse,
+            *map(
+                _polygon, [_ring([1] * 3), _ring([1] * 4), plus, _ring([1, 0.42] * 5), heart, arrow]
+            ),
+            trefoil,
+        ]
+    )
     r /= np.sqrt((r**2).mean(1, keepdims=True))
-    slope = (np.roll(r, -1, 1) - np.roll(r, 1, 1))/(4*np.pi/512)/r
-    return torch.from_numpy(np.stack([r, 1/np.sqrt(1 + slope**2)], -1)).float()
+    slope = (np.roll(r, -1, 1) - np.roll(r, 1, 1)) / (4 * np.pi / 512) / r
+    return torch.from_numpy(np.stack([r, 1 / np.sqrt(1 + slope**2)], -1)).float()
+
 
 _TABLE = _shape_table()
 
 # %% ../nbs/01_pocket_world.ipynb #motions
-def _wave(x): return 2*(2*(x % 1) - 1).abs() - 1 # triangle wave, period 1, range [-1, 1]
+def _wave(x):
+    return 2 * (2 * (x % 1) - 1).abs() - 1  # triangle wave, period 1, range [-1, 1]
+
 
 def _path(f, t):
     "Position of the object over time, (B, T, 2)."
     of = lambda name: (f.motion == MOTIONS.index(name)).float()[:, None]
-    speed, phase, angle, u = f.speed[:, None], f.phase[:, None], f.angle[:, None], 2*t[None] - 1
-    turn, side = 2*math.pi*(speed*t + phase), angle.cos().sign()
-    along = of('Translate')*.62*speed*u + of('Oscillate')*.55*torch.sin(1.5*turn) + of('Zigzag')*.6*speed*u
-    across = of('Zigzag')*.45*_wave(1.5*speed*t + phase)
-    radius = of('Circle')*.5 + of('Spiral')*(.08 + .6*t)
-    hop = of('Bounce')*.5*(1 - 2*(1 - (2*((1.5*speed*t + phase) % 1) - 1)**2)) # parabolas: gravity
-    slide = (of('Bounce')*.5 + of('Occlude')*.75*speed)*side*u
-    px = along*angle.cos() - across*angle.sin() + radius*turn.cos() + slide
-    py = along*angle.sin() + across*angle.cos() + radius*turn.sin()*side + hop
+    speed, phase, angle, u = f.speed[:, None], f.phase[:, None], f.angle[:, None], 2 * t[None] - 1
+    turn, side = 2 * math.pi * (speed * t + phase), angle.cos().sign()
+    along = (
+        of("Translate") * 0.62 * speed * u
+        + of("Oscillate") * 0.55 * torch.sin(1.5 * turn)
+        + of("Zigzag") * 0.6 * speed * u
+    )
+    across = of("Zigzag") * 0.45 * _wave(1.5 * speed * t + phase)
+    radius = of("Circle") * 0.5 + of("Spiral") * (0.08 + 0.6 * t)
+    hop = (
+        of("Bounce") * 0.5 * (1 - 2 * (1 - (2 * ((1.5 * speed * t + phase) % 1) - 1) ** 2))
+    )  # parabolas: gravity
+    slide = (of("Bounce") * 0.5 + of("Occlude") * 0.75 * speed) * side * u
+    px = along * angle.cos() - across * angle.sin() + radius * turn.cos() + slide
+    py = along * angle.sin() + across * angle.cos() + radius * turn.sin() * side + hop
     return torch.stack([px + f.x[:, None], py + f.y[:, None]], -1)
+
 
 def _view(f, t):
     "Rotation and log size of the object, shift (B, T, 2) and log zoom of the camera."
     of = lambda name: (f.motion == MOTIONS.index(name)).float()[:, None]
-    speed, phase, angle, u = f.speed[:, None], f.phase[:, None], f.angle[:, None], 2*t[None] - 1
-    rotation = f.tilt[:, None] + (of('SpinRight') - of('SpinLeft'))*2*math.pi*.6*speed*t
-    log_size = (of('Grow') - of('Shrink'))*.6*speed*u
-    pan, shake = of('Pan')*.6*speed*u, of('Shake')*.3
-    shift = torch.stack([pan*angle.cos() + shake*torch.sin(2*math.pi*(3.1*t*speed + phase)),
-                         pan*angle.sin() + shake*torch.sin(2*math.pi*(2.3*t*speed + 2*phase))], -1)
-    return rotation, log_size, shift, of('Zoom')*.55*speed*u*angle.cos().sign()
+    speed, phase, angle, u = f.speed[:, None], f.phase[:, None], f.angle[:, None], 2 * t[None] - 1
+    rotation = f.tilt[:, None] + (of("SpinRight") - of("SpinLeft")) * 2 * math.pi * 0.6 * speed * t
+    log_size = (of("Grow") - of("Shrink")) * 0.6 * speed * u
+    pan, shake = of("Pan") * 0.6 * speed * u, of("Shake") * 0.3
+    shift = torch.stack(
+        [
+            pan * angle.cos() + shake * torch.sin(2 * math.pi * (3.1 * t * speed + phase)),
+            pan * angle.sin() + shake * torch.sin(2 * math.pi * (2.3 * t * speed + 2 * phase)),
+        ],
+        -1,
+    )
+    return rotation, log_size, shift, of("Zoom") * 0.55 * speed * u * angle.cos().sign()
 
 # %% ../nbs/01_pocket_world.ipynb #colour
-def _each(v): return v.reshape(-1, 1, 1, 1) # one number a clip, beside (B, T, H, W)
+def _each(v):
+    return v.reshape(-1, 1, 1, 1)  # one number a clip, beside (B, T, H, W)
+
 
 def _hsv(h, s, v):
     "Colours (B, 3) of hue h (B,), saturation and value (numbers or (B,))."
-    k = (torch.tensor([5., 3., 1.], device=h.device) + 6*h[:, None]) % 6
-    return torch.as_tensor(v, device=h.device).reshape(-1, 1)*(1 - s*torch.minimum(k, 4 - k).clamp(0, 1))
+    k = (torch.tensor([5.0, 3.0, 1.0], device=h.device) + 6 * h[:, None]) % 6
+    return torch.as_tensor(v, device=h.device).reshape(-1, 1) * (
+        1 - s * torch.minimum(k, 4 - k).clamp(0, 1)
+    )
+
 
 def _redraw(picture, which, draw):
     "A batch of pictures in which those marked are drawn again, by draw(their indices)."
@@ -176,122 +284,186 @@ def _redraw(picture, which, draw):
 # %% ../nbs/01_pocket_world.ipynb #background
 def _background(f, x, y):
     "Colours (B, 3, T, H, W) at world coordinates x (B, T, 1, W) and y (B, T, H, 1)."
-    def split(rows, angle, scale=1.): # X + Y is the distance along a direction
-        return scale*x[rows]*_each(angle.cos()), scale*y[rows]*_each(angle.sin())
-    def wave(X, Y, height): return height*X.sin()*Y.cos() + height*X.cos()*Y.sin()
+
+    def split(rows, angle, scale=1.0):  # X + Y is the distance along a direction
+        return scale * x[rows] * _each(angle.cos()), scale * y[rows] * _each(angle.sin())
+
+    def wave(X, Y, height):
+        return height * X.sin() * Y.cos() + height * X.cos() * Y.sin()
+
     def gradient(rows):
-        X, Y = split(rows, f.bg_angle[rows]); return 1 + .6*(X + Y).clamp(-1.5, 1.5)
-    def stripes(rows): return 1 + wave(*split(rows, f.bg_angle[rows], 7), .5)
+        X, Y = split(rows, f.bg_angle[rows])
+        return 1 + 0.6 * (X + Y).clamp(-1.5, 1.5)
+
+    def stripes(rows):
+        return 1 + wave(*split(rows, f.bg_angle[rows], 7), 0.5)
+
     def noise(rows):
         shade = 1
         for octave, j in product(range(4), range(3)):
-            angle = f.bg_angle[rows]*(1 + octave + .37*j) + 2.1*j
-            X, Y = split(rows, angle, 2.2*1.9**octave); shade = shade + wave(X, Y + _each(9*angle), .3*.55**octave)
+            angle = f.bg_angle[rows] * (1 + octave + 0.37 * j) + 2.1 * j
+            X, Y = split(rows, angle, 2.2 * 1.9**octave)
+            shade = shade + wave(X, Y + _each(9 * angle), 0.3 * 0.55**octave)
         return shade
-    distance2 = x**2 + y**2; shade = torch.ones_like(distance2)
-    for kind, draw in (1, gradient), (2, stripes), (3, noise): shade = _redraw(shade, f.background == kind, draw)
-    lamp = 1.25 - .45*distance2.clamp(max=2)
-    return (_hsv(f.bg_hue, .5, f.bg_value)[:, :, None, None, None]*(shade*lamp)[:, None]).clamp(0, 1)
+
+    distance2 = x**2 + y**2
+    shade = torch.ones_like(distance2)
+    for kind, draw in (1, gradient), (2, stripes), (3, noise):
+        shade = _redraw(shade, f.background == kind, draw)
+    lamp = 1.25 - 0.45 * distance2.clamp(max=2)
+    return (
+        _hsv(f.bg_hue, 0.5, f.bg_value)[:, :, None, None, None] * (shade * lamp)[:, None]
+    ).clamp(0, 1)
 
 # %% ../nbs/01_pocket_world.ipynb #texture
 def _texture(f, x, y):
     "How much of the main colour, in [0, 1], at object coordinates (B, T, H, W)."
-    stripes = lambda x, y: torch.sin(4*(x + y))
-    checker = lambda x, y: 2*torch.sin(4.5*x)*torch.sin(4.5*y)
-    dots = lambda x, y: 2*torch.cos(4.5*x)*torch.cos(4.5*y) - .5
+    stripes = lambda x, y: torch.sin(4 * (x + y))
+    checker = lambda x, y: 2 * torch.sin(4.5 * x) * torch.sin(4.5 * y)
+    dots = lambda x, y: 2 * torch.cos(4.5 * x) * torch.cos(4.5 * y) - 0.5
     cloth = torch.ones_like(x)
     for kind, draw in (1, stripes), (2, checker), (3, dots):
-        cloth = _redraw(cloth, f.texture == kind, lambda rows: (3*draw(x[rows], y[rows])).clamp(-1, 1)/2 + .5)
+        cloth = _redraw(
+            cloth,
+            f.texture == kind,
+            lambda rows: (3 * draw(x[rows], y[rows])).clamp(-1, 1) / 2 + 0.5,
+        )
     return cloth
 
 # %% ../nbs/01_pocket_world.ipynb #mask
-_EDGE = torch.cat([_TABLE, _TABLE.roll(-1, 1) - _TABLE], -1).roll(256, 1) # value and step to the next; entry 0 looks left
+_EDGE = torch.cat([_TABLE, _TABLE.roll(-1, 1) - _TABLE], -1).roll(
+    256, 1
+)  # value and step to the next; entry 0 looks left
+
 
 def _mask(f, x, y, pixel):
     "Antialiased coverage in [0, 1]; x, y in object radii, pixel size in object radii."
-    position = torch.atan2(y, x)*(256/math.pi)
-    low = position.detach().floor().clamp(-256, 255); between = position - low
-    radius, slope, radius_step, slope_step = _EDGE.to(x.device).reshape(-1, 4)[512*_each(f.shape) + 256 + low.long()].unbind(-1)
-    gap = radius + between*radius_step - (x**2 + y**2 + 1e-8).sqrt()
-    return (gap*(slope + between*slope_step)/pixel + .5).clamp(0, 1)
+    position = torch.atan2(y, x) * (256 / math.pi)
+    low = position.detach().floor().clamp(-256, 255)
+    between = position - low
+    radius, slope, radius_step, slope_step = (
+        _EDGE.to(x.device).reshape(-1, 4)[512 * _each(f.shape) + 256 + low.long()].unbind(-1)
+    )
+    gap = radius + between * radius_step - (x**2 + y**2 + 1e-8).sqrt()
+    return (gap * (slope + between * slope_step) / pixel + 0.5).clamp(0, 1)
 
 # %% ../nbs/01_pocket_world.ipynb #draw
-def _cast(f, dtype): return replace(f, **{k: getattr(f, k).to(dtype) for k in _RANGES})
+def _cast(f, dtype):
+    return replace(f, **{k: getattr(f, k).to(dtype) for k in _RANGES})
+
 
 def _draw(f, num_frames, size):
     "The clips of f, all at once: places in float64, colours in the precision of f."
     narrow = lambda *values: [v.to(f.x.dtype) for v in values]
-    at = _cast(f, torch.float32 if f.x.device.type == 'mps' else torch.float64); grid = dict(device=at.x.device, dtype=at.x.dtype)
-    t = torch.linspace(0, 1, num_frames, **grid); g = (torch.arange(size, **grid) + .5)*2/size - 1
+    at = _cast(f, torch.float32 if f.x.device.type == "mps" else torch.float64)
+    grid = dict(device=at.x.device, dtype=at.x.dtype)
+    t = torch.linspace(0, 1, num_frames, **grid)
+    g = (torch.arange(size, **grid) + 0.5) * 2 / size - 1
     rotation, log_size, shift, zoom = (v.unflatten(1, (-1, 1, 1)) for v in _view(at, t))
     centre, scale = _path(at, t)[:, :, None, None], torch.exp(-zoom)
-    x, y = g*scale + shift[..., 0], g[:, None]*scale + shift[..., 1]           # pixel -> world: a row and a column
-    radius = _each(at.size)*torch.exp(log_size)
-    dx, dy, c, s = (x - centre[..., 0])/radius, (y - centre[..., 1])/radius, rotation.cos(), rotation.sin()
-    u, v = dx*c + dy*s, dy*c - dx*s                                            # world -> object
-    pixel = 2/size*scale
-    mask, u, v, x, y, pixel = narrow(_mask(f, u, v, pixel/radius), u, v, x, y, pixel)
+    x, y = (
+        g * scale + shift[..., 0],
+        g[:, None] * scale + shift[..., 1],
+    )  # pixel -> world: a row and a column
+    radius = _each(at.size) * torch.exp(log_size)
+    dx, dy, c, s = (
+        (x - centre[..., 0]) / radius,
+        (y - centre[..., 1]) / radius,
+        rotation.cos(),
+        rotation.sin(),
+    )
+    u, v = dx * c + dy * s, dy * c - dx * s  # world -> object
+    pixel = 2 / size * scale
+    mask, u, v, x, y, pixel = narrow(_mask(f, u, v, pixel / radius), u, v, x, y, pixel)
     paint = lambda colour: colour[:, :, None, None, None]
-    main, second = paint(_hsv(f.hue, .9, 1)), paint(_hsv(f.hue, .6, .35))
+    main, second = paint(_hsv(f.hue, 0.9, 1)), paint(_hsv(f.hue, 0.6, 0.35))
     image = _background(f, x, y)
-    image = image + mask[:, None]*(second + (main - second)*_texture(f, u, v)[:, None] - image)
+    image = image + mask[:, None] * (second + (main - second) * _texture(f, u, v)[:, None] - image)
+
     def occluder(rows):
-        bar = ((.22 - (x[rows] - _each(f.x[rows])).abs())/pixel[rows] + .5).clamp(0, 1)[:, None]
-        return image[rows] + bar*(paint(_hsv(f.bg_hue[rows] + .5, .3, .65)) - image[rows])
-    return _redraw(image, f.motion == MOTIONS.index('Occlude'), occluder)
+        bar = ((0.22 - (x[rows] - _each(f.x[rows])).abs()) / pixel[rows] + 0.5).clamp(0, 1)[:, None]
+        return image[rows] + bar * (paint(_hsv(f.bg_hue[rows] + 0.5, 0.3, 0.65)) - image[rows])
+
+    return _redraw(image, f.motion == MOTIONS.index("Occlude"), occluder)
 
 # %% ../nbs/01_pocket_world.ipynb #render
-def render(factors:Factors, # n clips
-           num_frames:int=16, # frames, spread over the whole motion
-           size:int=64 # height and width in pixels
-          ) -> torch.Tensor: # (n, 3, num_frames, size, size) in [0, 1]
+def render(
+    factors: Factors,  # n clips
+    num_frames: int = 16,  # frames, spread over the whole motion
+    size: int = 64,  # height and width in pixels
+) -> torch.Tensor:  # (n, 3, num_frames, size, size) in [0, 1]
     "Draw the clips; runs on the device of the factors."
     _check(num_frames=num_frames, size=size)
     f = _cast(factors, reduce(torch.promote_types, [getattr(factors, k).dtype for k in _RANGES]))
-    part = max(1, 2**(19 if f.x.device.type == 'cpu' else 25)//(num_frames*size**2)) # clips
-    return torch.cat([_draw(f[i:i + part], num_frames, size) for i in range(0, max(1, len(f)), part)])
+    part = max(1, 2 ** (19 if f.x.device.type == "cpu" else 25) // (num_frames * size**2))  # clips
+    return torch.cat(
+        [_draw(f[i : i + part], num_frames, size) for i in range(0, max(1, len(f)), part)]
+    )
 
 # %% ../nbs/01_pocket_world.ipynb #split
-def held_out(factors:Factors, # n clips
-             split:int # 1 random, 2 shape-motion pairs, 3 texture
-            ) -> torch.Tensor: # (n,) bool: belongs to the test list
+def held_out(
+    factors: Factors,  # n clips
+    split: int,  # 1 random, 2 shape-motion pairs, 3 texture
+) -> torch.Tensor:  # (n,) bool: belongs to the test list
     "Which clips a split keeps for testing."
-    if split == 1: return torch.arange(len(factors), device=factors.x.device) % 5 == 4
-    if split == 2: return (factors.shape + factors.motion) % 7 == 0
-    if split != 3: raise InputError(f'unknown split {split!r}; choose 1, 2 or 3')
-    if not factors.texture.any(): raise InputError('split 3 holds out dotted objects and here all are solid; draw factors at level textured or busy')
-    return factors.texture == TEXTURES.index('dots')
+    if split == 1:
+        return torch.arange(len(factors), device=factors.x.device) % 5 == 4
+    if split == 2:
+        return (factors.shape + factors.motion) % 7 == 0
+    if split != 3:
+        raise InputError(f"unknown split {split!r}; choose 1, 2 or 3")
+    if not factors.texture.any():
+        raise InputError(
+            "split 3 holds out dotted objects and here all are solid; draw factors at level textured or busy"
+        )
+    return factors.texture == TEXTURES.index("dots")
 
 # %% ../nbs/01_pocket_world.ipynb #check-video
-_X264 = {'preset': 'veryfast', 'threads': '1', 'x264-params': 'bframes=0:mbtree=0:rc-lookahead=0'}
+_X264 = {"preset": "veryfast", "threads": "1", "x264-params": "bframes=0:mbtree=0:rc-lookahead=0"}
+
 
 def _check_video(video):
     if video.dim() != 4 or len(video) != 3 or 0 in video.shape or not video.is_floating_point():
-        raise InputError(f'a video is float of shape (3, frames, height, width), not {str(video.dtype)[6:]} of shape {tuple(video.shape)}')
+        raise InputError(
+            f"a video is float of shape (3, frames, height, width), not {str(video.dtype)[6:]} of shape {tuple(video.shape)}"
+        )
     if video.shape[2] % 2 or video.shape[3] % 2:
-        raise InputError(f'H.264 needs an even height and width, not {video.shape[2]} x {video.shape[3]}; crop or repeat one row or column')
-    if not video.isfinite().all(): raise InputError('the video holds NaN or infinite values; write numbers in [0, 1]')
+        raise InputError(
+            f"H.264 needs an even height and width, not {video.shape[2]} x {video.shape[3]}; crop or repeat one row or column"
+        )
+    if not video.isfinite().all():
+        raise InputError("the video holds NaN or infinite values; write numbers in [0, 1]")
 
 # %% ../nbs/01_pocket_world.ipynb #write
-def write_video(path:Path, # where; the ending chooses the container
-                video:torch.Tensor, # (3, T, H, W) in [0, 1]; H and W even
-                fps:int=8, # frames per second
-                crf:int=12 # H.264 quality, 0 is lossless
-               ):
+def write_video(
+    path: Path,  # where; the ending chooses the container
+    video: torch.Tensor,  # (3, T, H, W) in [0, 1]; H and W even
+    fps: int = 8,  # frames per second
+    crf: int = 12,  # H.264 quality, 0 is lossless
+):
     "Write one clip as H.264, atomically."
     import av
-    _check_video(video); path = Path(path); temporary = path.with_name(f'.{path.name}.part{path.suffix}')
-    frames = (video.clamp(0, 1)*255).round().byte().permute(1, 2, 3, 0).cpu().numpy()
+
+    _check_video(video)
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.part{path.suffix}")
+    frames = (video.clamp(0, 1) * 255).round().byte().permute(1, 2, 3, 0).cpu().numpy()
     try:
-        with av.open(str(temporary), 'w') as file:
-            stream = file.add_stream('libx264', rate=Fraction(fps), options=_X264 | dict(crf=str(crf)))
-            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], 'yuv420p'
-            for frame in frames: file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
+        with av.open(str(temporary), "w") as file:
+            stream = file.add_stream(
+                "libx264", rate=Fraction(fps), options=_X264 | dict(crf=str(crf))
+            )
+            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+            for frame in frames:
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             file.mux(stream.encode())
         temporary.replace(path)
     except (OSError, ValueError) as e:
-        raise InputError(f'cannot write {path} ({getattr(e, "strerror", None) or e}); choose another folder or an ending such as .mp4') from None
-    finally: temporary.unlink(missing_ok=True)
+        raise InputError(
+            f"cannot write {path} ({getattr(e, 'strerror', None) or e}); choose another folder or an ending such as .mp4"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 # %% ../nbs/01_pocket_world.ipynb #names-on-disk
 def _names(factors):
@@ -299,57 +471,90 @@ def _names(factors):
     seen, names = {}, []
     for label in factors.label.tolist():
         k = seen[label] = seen.get(label, -1) + 1
-        names.append(f'{CLASSES[label]}/v_{CLASSES[label]}_g{k//4 + 1:02d}_c{k % 4 + 1:02d}.mp4')
+        names.append(f"{CLASSES[label]}/v_{CLASSES[label]}_g{k // 4 + 1:02d}_c{k % 4 + 1:02d}.mp4")
     return names
 
 # %% ../nbs/01_pocket_world.ipynb #splits-on-disk
 def _write_splits(root, factors, names):
     "UCF-101's split files: class index, and train and test lists of the three splits."
-    lists = root/'ucfTrainTestlist'; lists.mkdir(parents=True, exist_ok=True)
-    write_atomic(lists/'classInd.txt', ''.join(f'{i + 1} {name}\n' for i, name in enumerate(CLASSES)))
+    lists = root / "ucfTrainTestlist"
+    lists.mkdir(parents=True, exist_ok=True)
+    write_atomic(
+        lists / "classInd.txt", "".join(f"{i + 1} {name}\n" for i, name in enumerate(CLASSES))
+    )
     for split in 1, 2, 3:
         one_texture = split == 3 and not factors.texture.any()
-        test, label = [False]*len(names) if one_texture else held_out(factors, split).tolist(), factors.label.tolist()
-        write_atomic(lists/f'trainlist0{split}.txt', ''.join(f'{n} {l + 1}\n' for n, l, t in zip(names, label, test) if not t))
-        write_atomic(lists/f'testlist0{split}.txt', ''.join(f'{n}\n' for n, t in zip(names, test) if t))
+        test, label = (
+            [False] * len(names) if one_texture else held_out(factors, split).tolist(),
+            factors.label.tolist(),
+        )
+        write_atomic(
+            lists / f"trainlist0{split}.txt",
+            "".join(f"{n} {l + 1}\n" for n, l, t in zip(names, label, test) if not t),
+        )
+        write_atomic(
+            lists / f"testlist0{split}.txt", "".join(f"{n}\n" for n, t in zip(names, test) if t)
+        )
 
 # %% ../nbs/01_pocket_world.ipynb #refuse-another
 def _refuse_another_dataset(root, n, asked):
     "Raise if the folder holds videos of other origin, other settings, or more of them."
-    file = root/'factors.npz'
+    file = root / "factors.npz"
     if not file.exists():
-        if any(root.glob('*/*.mp4')): raise InputError(f'{root} holds videos and no factors.npz; choose an empty folder')
+        if any(root.glob("*/*.mp4")):
+            raise InputError(f"{root} holds videos and no factors.npz; choose an empty folder")
         return
-    try: held = dict(np.load(file))
-    except Exception: raise InputError(f'{file} cannot be read; delete the folder or choose another') from None
-    wrong = [f'{k} {held[k]}, not {v}' for k, v in asked.items() if k in held and held[k] != v]
-    if len(held['names']) > n: wrong.append(f'{len(held["names"])} clips, not {n}')
-    if wrong: raise InputError(f'{root} holds another dataset ({"; ".join(wrong)}); ask for the same or choose another folder')
+    try:
+        held = dict(np.load(file))
+    except Exception:
+        raise InputError(f"{file} cannot be read; delete the folder or choose another") from None
+    wrong = [f"{k} {held[k]}, not {v}" for k, v in asked.items() if k in held and held[k] != v]
+    if len(held["names"]) > n:
+        wrong.append(f"{len(held['names'])} clips, not {n}")
+    if wrong:
+        raise InputError(
+            f"{root} holds another dataset ({'; '.join(wrong)}); ask for the same or choose another folder"
+        )
 
 # %% ../nbs/01_pocket_world.ipynb #write-dataset
-def write_dataset(root:str|Path, # folder to fill
-                  n:int, # number of clips
-                  seed:int=0, # of `sample_factors`
-                  level:str='plain', # of `sample_factors`
-                  num_frames:int=16, # per file
-                  size:int=64, # pixels, even
-                  progress=lambda it, **_: it # a tqdm-like wrapper
-                 ) -> Factors: # of all clips, in the order of factors.npz
+def write_dataset(
+    root: str | Path,  # folder to fill
+    n: int,  # number of clips
+    seed: int = 0,  # of `sample_factors`
+    level: str = "plain",  # of `sample_factors`
+    num_frames: int = 16,  # per file
+    size: int = 64,  # pixels, even
+    progress=lambda it, **_: it,  # a tqdm-like wrapper
+) -> Factors:  # of all clips, in the order of factors.npz
     "Write n clips as H.264 in UCF-101's layout with split files and their factors."
-    _check(num_frames=num_frames, size=size); asked = dict(seed=seed, level=level, num_frames=num_frames, pixels=size)
-    if size % 2: raise InputError(f'size is {size}; H.264 needs an even height and width')
-    root, factors = Path(root), sample_factors(n, seed, level); names = _names(factors); content = BytesIO()
-    np.savez(content, names=np.array(names), **asked, **{f.name: getattr(factors, f.name).numpy() for f in fields(Factors)})
+    _check(num_frames=num_frames, size=size)
+    asked = dict(seed=seed, level=level, num_frames=num_frames, pixels=size)
+    if size % 2:
+        raise InputError(f"size is {size}; H.264 needs an even height and width")
+    root, factors = Path(root), sample_factors(n, seed, level)
+    names = _names(factors)
+    content = BytesIO()
+    np.savez(
+        content,
+        names=np.array(names),
+        **asked,
+        **{f.name: getattr(factors, f.name).numpy() for f in fields(Factors)},
+    )
     try:
         _refuse_another_dataset(root, n, asked)
-        for name in {n.split('/')[0] for n in names}: (root/name).mkdir(parents=True, exist_ok=True)
-        write_atomic(root/'factors.npz', content.getvalue())
-        for start in progress(range(0, n, 32), desc='writing videos', unit='batch'):
-            rows = [i for i in range(start, min(start + 32, n)) if not (root/names[i]).exists()]
+        for name in {n.split("/")[0] for n in names}:
+            (root / name).mkdir(parents=True, exist_ok=True)
+        write_atomic(root / "factors.npz", content.getvalue())
+        for start in progress(range(0, n, 32), desc="writing videos", unit="batch"):
+            rows = [i for i in range(start, min(start + 32, n)) if not (root / names[i]).exists()]
             if rows:
-                for i, clip in zip(rows, render(factors[torch.tensor(rows)], num_frames, size)): write_video(root/names[i], clip)
+                for i, clip in zip(rows, render(factors[torch.tensor(rows)], num_frames, size)):
+                    write_video(root / names[i], clip)
         _write_splits(root, factors, names)
-    except OSError as e: raise InputError(f'cannot write to {root} ({e.strerror or e}); choose another folder or free some space') from None
+    except OSError as e:
+        raise InputError(
+            f"cannot write to {root} ({e.strerror or e}); choose another folder or free some space"
+        ) from None
     return factors
 
 # %% ../nbs/01_pocket_world.ipynb #clips
@@ -367,7 +572,8 @@ class PocketClips(torch.utils.data.Dataset):
         n: int,  # how many different clips
         num_frames: int,  # T
         size: int,  # height and width in pixels
-        split: str | None = "train",  # `train`, `val` or `test`: other factors each; None: those of train
+        split: str
+        | None = "train",  # `train`, `val` or `test`: other factors each; None: those of train
         level: str = "plain",  # of `sample_factors`
     ):
         split = split or "train"

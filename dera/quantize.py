@@ -7,31 +7,49 @@ __all__ = ['codebook_stats', 'Quantized', 'VectorQuantizer', 'StochasticVectorQu
 
 # %% ../nbs/08_quantization.ipynb #imports
 import math
-from typing import Iterable, NamedTuple, Optional
+from collections.abc import Iterable
+from typing import NamedTuple, Optional
 
-import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
-from .utils import InputError
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .runtime.errors import InputError
+from .runtime.processes import gather_rows, own_rows, world_size
 
 # %% ../nbs/08_quantization.ipynb #check-indices
 def _check_indices(indices, size):
     "Refuse what is no index; a compiled graph relies on its own bounds check."
-    if torch.compiler.is_compiling() or not indices.numel(): return
-    if indices.is_floating_point() or indices.dtype == torch.bool: raise InputError(f'indices must be integers, got {indices.dtype}')
+    if torch.compiler.is_compiling() or not indices.numel():
+        return
+    if indices.is_floating_point() or indices.dtype == torch.bool:
+        raise InputError(f"indices must be integers, got {indices.dtype}")
     low, high = (int(x) for x in indices.aminmax())
-    if low < 0 or high >= size: raise InputError(f'indices must lie in [0, {size}), got {low} to {high}')
+    if low < 0 or high >= size:
+        raise InputError(f"indices must lie in [0, {size}), got {low} to {high}")
 
 # %% ../nbs/08_quantization.ipynb #stats
-def codebook_stats(indices:torch.Tensor|Iterable, # int64 of any shape, or batch after batch of them
-                   size:int # K, number of codes
-                  ) -> dict: # usage in [0, 1], perplexity, entropy in nats, dead codes
+def codebook_stats(
+    indices: torch.Tensor | Iterable,  # int64 of any shape, or batch after batch of them
+    size: int,  # K, number of codes
+) -> dict:  # usage in [0, 1], perplexity, entropy in nats, dead codes
     "How a set of tokens uses the codebook."
     count = torch.zeros(size, dtype=torch.int64)
     for batch in [indices] if isinstance(indices, torch.Tensor) else indices:
-        batch = torch.as_tensor(batch); _check_indices(batch, size)
+        batch = torch.as_tensor(batch)
+        _check_indices(batch, size)
         count += torch.bincount(batch.flatten().long(), minlength=size).cpu()
-    if not count.any(): raise InputError('codebook_stats got no indices; give it the tokens of at least one clip')
-    p = count/count.sum(dtype=torch.float64); entropy = -p.xlogy(p).sum().item()
-    return dict(usage=(count > 0).double().mean().item(), perplexity=math.exp(entropy), entropy=entropy, dead=int((count == 0).sum()))
+    if not count.any():
+        raise InputError("codebook_stats got no indices; give it the tokens of at least one clip")
+    p = count / count.sum(dtype=torch.float64)
+    entropy = -p.xlogy(p).sum().item()
+    return dict(
+        usage=(count > 0).double().mean().item(),
+        perplexity=math.exp(entropy),
+        entropy=entropy,
+        dead=int((count == 0).sum()),
+    )
 
 # %% ../nbs/08_quantization.ipynb #straight-through
 def _straight_through(z, code):
@@ -39,67 +57,91 @@ def _straight_through(z, code):
     return code.detach() + (z - z.detach())
 
 # %% ../nbs/08_quantization.ipynb #search
-def _pick(z, codes, u, temperature, table=None): # (N, D), (K, D), (N,) in (0, 1] or None, number, (N, K) to write into
+def _pick(
+    z, codes, u, temperature, table=None
+):  # (N, D), (K, D), (N,) in (0, 1] or None, number, (N, K) to write into
     "The code of the largest score; with u, the code at which the running sum of the softmax reaches u."
     scores = torch.mm(z, codes.T, out=table)
-    if u is None: return scores.argmax(-1)
+    if u is None:
+        return scores.argmax(-1)
     total = scores.sub_(scores.amax(-1, keepdim=True)).div_(temperature).exp_().cumsum_(-1)
-    return torch.searchsorted(total, u[:, None]*total[:, -1:]).squeeze(-1).clamp_(max=len(codes) - 1) # NaN is beyond the last
+    return (
+        torch.searchsorted(total, u[:, None] * total[:, -1:]).squeeze(-1).clamp_(max=len(codes) - 1)
+    )  # NaN is beyond the last
+
 
 def _search(z, codes, u, temperature, scores=2**21):
     "`_pick` for a few latents at a time, in one table of at most `scores` numbers (or one row)."
-    n = max(1, scores//len(codes)); table = z.new_empty(min(n, len(z)), len(codes)); k = z.new_empty(len(z), dtype=torch.int64)
+    n = max(1, scores // len(codes))
+    table = z.new_empty(min(n, len(z)), len(codes))
+    k = z.new_empty(len(z), dtype=torch.int64)
     for i in range(0, len(z), n):
-        x = z[i:i + n]; k[i:i + n] = _pick(x, codes, None if u is None else u[i:i + n], temperature, table[:len(x)])
+        x = z[i : i + n]
+        k[i : i + n] = _pick(
+            x, codes, None if u is None else u[i : i + n], temperature, table[: len(x)]
+        )
     return k
 
-# %% ../nbs/08_quantization.ipynb #processes
-def _processes(): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-def _mine(rows, n):
-    "This process's n of the numbers that every process has drawn alike."
-    return rows if len(rows) == n else rows[dist.get_rank()*n:][:n]
-
-def _everyone(rows):
-    "The rows of all processes, in the order of their ranks."
-    if _processes() == 1: return rows
-    parts = [torch.empty_like(rows) for _ in range(_processes())]; dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
-
 # %% ../nbs/08_quantization.ipynb #search-op
-@torch.library.custom_op('dera::search', mutates_args=())
-def _search_op(z:torch.Tensor, codes:torch.Tensor, u:Optional[torch.Tensor], temperature:float) -> torch.Tensor:
+@torch.library.custom_op("dera::search", mutates_args=())
+def _search_op(
+    z: torch.Tensor, codes: torch.Tensor, u: torch.Tensor | None, temperature: float
+) -> torch.Tensor:
     "`_search` as one node of a compiled graph."
     return _search(z, codes, u, temperature)
 
-@_search_op.register_fake
-def _search_shape(z, codes, u, temperature): return z.new_empty(len(z), dtype=torch.int64)
 
-def _choose(z, codes, temperature, euclidean=False): # 0 takes the nearest, else one uniform number a latent decides
+@_search_op.register_fake
+def _search_shape(z, codes, u, temperature):
+    return z.new_empty(len(z), dtype=torch.int64)
+
+
+def _choose(
+    z, codes, temperature, euclidean=False
+):  # 0 takes the nearest, else one uniform number a latent decides
     "Index of a code for each latent, in whatever way the graph needs it."
-    if euclidean: # the nearest has the largest z.e - |e|^2/2
-        z, codes = F.pad(z, (0, 1), value=1.), torch.cat([codes, -.5*codes.pow(2).sum(-1, keepdim=True)], -1)
-    u = _mine(1 - torch.rand(len(z)*_processes(), dtype=z.dtype, device=z.device), len(z)) if temperature else None
-    if torch.compiler.is_exporting(): return _pick(z, codes, u, temperature) # plain operations: the file needs no dera
+    if euclidean:  # the nearest has the largest z.e - |e|^2/2
+        z, codes = (
+            F.pad(z, (0, 1), value=1.0),
+            torch.cat([codes, -0.5 * codes.pow(2).sum(-1, keepdim=True)], -1),
+        )
+    u = (
+        own_rows(1 - torch.rand(len(z) * world_size(), dtype=z.dtype, device=z.device), len(z))
+        if temperature
+        else None
+    )
+    if torch.compiler.is_exporting():
+        return _pick(z, codes, u, temperature)  # plain operations: the file needs no dera
     return (_search_op if torch.compiler.is_compiling() else _search)(z, codes, u, temperature)
 
 # %% ../nbs/08_quantization.ipynb #restart
 @torch.no_grad()
-def _restart(quantizer, z, indices): # (N, D), (N,)
+def _restart(quantizer, z, indices):  # (N, D), (N,)
     "Move codes that were nearest to no latent for `patience` steps to latents of this batch."
-    z = _everyone(z); sound = z.isfinite().all()
-    hit = _everyone(torch.zeros_like(quantizer.used).index_fill_(0, indices, 1.)[None]).amax(0)
-    quantizer.used.copy_(torch.where(sound, torch.maximum(hit, quantizer.used*.01**(1/(quantizer.patience - .5))), quantizer.used))
-    dead, rows = sound & (quantizer.used < .01), torch.randint(len(z), (len(hit),), device=z.device)
+    z = gather_rows(z)
+    sound = z.isfinite().all()
+    hit = gather_rows(torch.zeros_like(quantizer.used).index_fill_(0, indices, 1.0)[None]).amax(0)
+    quantizer.used.copy_(
+        torch.where(
+            sound,
+            torch.maximum(hit, quantizer.used * 0.01 ** (1 / (quantizer.patience - 0.5))),
+            quantizer.used,
+        )
+    )
+    dead, rows = (
+        sound & (quantizer.used < 0.01),
+        torch.randint(len(z), (len(hit),), device=z.device),
+    )
     quantizer.codebook.copy_(torch.where(dead[:, None], z[rows], quantizer.codebook))
-    quantizer.used.masked_fill_(dead, 1.)
+    quantizer.used.masked_fill_(dead, 1.0)
 
 # %% ../nbs/08_quantization.ipynb #quantized
 class Quantized(NamedTuple):
     "What a quantiser returns."
-    z: torch.Tensor       # (B, L, D) code vectors; straight-through gradient in training
-    indices: torch.Tensor # (B, L * codes_per_token) int64, the codes of one token side by side
-    loss: torch.Tensor    # scalar, float32
+
+    z: torch.Tensor  # (B, L, D) code vectors; straight-through gradient in training
+    indices: torch.Tensor  # (B, L * codes_per_token) int64, the codes of one token side by side
+    loss: torch.Tensor  # scalar, float32
 
 # %% ../nbs/08_quantization.ipynb #vq
 class VectorQuantizer(nn.Module):
@@ -124,7 +166,9 @@ class VectorQuantizer(nn.Module):
                 f"got {size}, {dim}, {patience} and {codes_per_token}"
             )
         if dim % codes_per_token:
-            raise InputError(f"a latent of width {dim} does not divide into {codes_per_token} codes")
+            raise InputError(
+                f"a latent of width {dim} does not divide into {codes_per_token} codes"
+            )
         self.commitment = commitment
         self.restart = restart
         self.patience = patience
@@ -161,7 +205,9 @@ class VectorQuantizer(nn.Module):
             z = self.groups(z)
             codebook = self._scaled(self.codebook.clone())
             rows, codes = z.detach().flatten(0, -2), codebook.detach()
-            chosen = _choose(rows, codes, self.temperature if self.training else 0.0, not self.normalize)
+            chosen = _choose(
+                rows, codes, self.temperature if self.training else 0.0, not self.normalize
+            )
 
             indices = chosen.view(z.shape[:-1])
             code = F.embedding(indices, codebook)
@@ -186,8 +232,10 @@ class VectorQuantizer(nn.Module):
     def init_from(self, z: torch.Tensor):  # (B, L, D) latents of real data
         "Start the codes at latents, with a little noise."
         size = len(self.codebook)
-        latents = _everyone(self.groups(z).flatten(0, -2))
-        rows = torch.randperm(len(latents), device=z.device).repeat(math.ceil(size / len(latents)))[:size]
+        latents = gather_rows(self.groups(z).flatten(0, -2))
+        rows = torch.randperm(len(latents), device=z.device).repeat(math.ceil(size / len(latents)))[
+            :size
+        ]
         noise = 0.02 * torch.randn_like(latents[rows])
         self.codebook.copy_(self._scaled(latents[rows] + noise))
         self.used.fill_(1)
@@ -195,34 +243,59 @@ class VectorQuantizer(nn.Module):
 # %% ../nbs/08_quantization.ipynb #stochastic
 class StochasticVectorQuantizer(VectorQuantizer):
     "Samples the code from softmax(cos / temperature) in training, takes the nearest in evaluation."
-    def __init__(self, size:int, dim:int, temperature:float=.03, **kwargs): # the rest as `VectorQuantizer`
+
+    def __init__(
+        self, size: int, dim: int, temperature: float = 0.03, **kwargs
+    ):  # the rest as `VectorQuantizer`
         super().__init__(size, dim, **kwargs)
-        if not temperature > 0: raise InputError(f'temperature must be above 0, got {temperature}; use VectorQuantizer to take the nearest code')
+        if not temperature > 0:
+            raise InputError(
+                f"temperature must be above 0, got {temperature}; use VectorQuantizer to take the nearest code"
+            )
         self.temperature = temperature
 
 # %% ../nbs/08_quantization.ipynb #fsq
 class FSQ(nn.Module):
     "Finite scalar quantisation: each coordinate is squashed and rounded to its number of levels."
-    def __init__(self, levels:list[int]): # of each latent coordinate, e.g. [8, 8, 8]
+
+    def __init__(self, levels: list[int]):  # of each latent coordinate, e.g. [8, 8, 8]
         super().__init__()
-        if not levels or min(levels) < 2: raise InputError(f'every coordinate needs 2 levels or more, got {levels}')
+        if not levels or min(levels) < 2:
+            raise InputError(f"every coordinate needs 2 levels or more, got {levels}")
         self.size = math.prod(levels)
-        self.register_buffer('levels', torch.tensor(levels), persistent=False)
-        self.register_buffer('basis', torch.tensor([1, *levels[:-1]]).cumprod(0), persistent=False)
+        self.register_buffer("levels", torch.tensor(levels), persistent=False)
+        self.register_buffer("basis", torch.tensor([1, *levels[:-1]]).cumprod(0), persistent=False)
 
-    def forward(self, z:torch.Tensor # (B, L, len(levels))
-               ) -> Quantized: # z in [-1, 1]
-        if z.shape[-1] != len(self.levels): raise InputError(f'latents have {z.shape[-1]} coordinates, levels {len(self.levels)}; make them equal')
+    def forward(
+        self,
+        z: torch.Tensor,  # (B, L, len(levels))
+    ) -> Quantized:  # z in [-1, 1]
+        if z.shape[-1] != len(self.levels):
+            raise InputError(
+                f"latents have {z.shape[-1]} coordinates, levels {len(self.levels)}; make them equal"
+            )
         with torch.autocast(z.device.type, enabled=False):
-            half, offset = (self.levels - 1)*(1 + 1e-3)/2, .5*(self.levels % 2 == 0)
-            bounded = torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) + torch.atanh(offset/half))*half - offset
+            half, offset = (self.levels - 1) * (1 + 1e-3) / 2, 0.5 * (self.levels % 2 == 0)
+            bounded = (
+                torch.tanh(
+                    z.to(torch.promote_types(z.dtype, torch.float32)) + torch.atanh(offset / half)
+                )
+                * half
+                - offset
+            )
             cell = bounded.round()
-            indices = ((cell.long() + self.levels//2)*self.basis).sum(-1)
+            indices = ((cell.long() + self.levels // 2) * self.basis).sum(-1)
             code = _straight_through(bounded, cell) if self.training else cell
-            return Quantized(code/(self.levels//2), indices, z.new_zeros((), dtype=torch.float32))
+            return Quantized(
+                code / (self.levels // 2), indices, z.new_zeros((), dtype=torch.float32)
+            )
 
-    def decode(self, indices:torch.Tensor # (B, L)
-              ) -> torch.Tensor: # (B, L, len(levels))
+    def decode(
+        self,
+        indices: torch.Tensor,  # (B, L)
+    ) -> torch.Tensor:  # (B, L, len(levels))
         "Code vectors of indices."
         _check_indices(indices, self.size)
-        return ((indices[..., None]//self.basis) % self.levels - self.levels//2)/(self.levels//2)
+        return ((indices[..., None] // self.basis) % self.levels - self.levels // 2) / (
+            self.levels // 2
+        )

@@ -7,188 +7,322 @@ __all__ = ['patchify', 'unpatchify', 'sincos_positions', 'gaussian_positions', '
            'num_appearance_codes', 'Encoded', 'TokenizerOutput', 'GridTokenizer', 'coarse_queries', 'QueryTokenizer']
 
 # %% ../nbs/03_query_tokenization.ipynb #imports
-import contextlib, io, json, sys
+import contextlib
+import io
+import json
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch, torch.nn as nn, torch.nn.functional as F
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from einops import rearrange
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors import safe_open
 from safetensors.torch import save_model
 from torch.utils.checkpoint import checkpoint as recompute
+
 from .quantize import Quantized, StochasticVectorQuantizer
-from .utils import InputError
+from .runtime.errors import InputError
 
 # %% ../nbs/03_query_tokenization.ipynb #patchify
-def patchify(video:torch.Tensor, # (B, 3, T, H, W)
-             t:int, # frames per patch
-             p:int # height and width of a patch in pixels
-            ) -> torch.Tensor: # (B, T/t * H/p * W/p, t*p*p*3), time first, then rows
+def patchify(
+    video: torch.Tensor,  # (B, 3, T, H, W)
+    t: int,  # frames per patch
+    p: int,  # height and width of a patch in pixels
+) -> torch.Tensor:  # (B, T/t * H/p * W/p, t*p*p*3), time first, then rows
     "Cut clips into patches, flattened."
     T, H, W = video.shape[2:]
-    if T % t or H % p or W % p: raise InputError(f'a {T}x{H}x{W} clip does not divide into {t}x{p}x{p} patches')
-    return rearrange(video, 'b c (n t) (h p) (w q) -> b (n h w) (t p q c)', t=t, p=p, q=p)
+    if T % t or H % p or W % p:
+        raise InputError(f"a {T}x{H}x{W} clip does not divide into {t}x{p}x{p} patches")
+    return rearrange(video, "b c (n t) (h p) (w q) -> b (n h w) (t p q c)", t=t, p=p, q=p)
 
-def unpatchify(patches:torch.Tensor, # (B, N, t*p*p*3)
-               grid:tuple[int, int, int], # patches along time, height, width
-               t:int, p:int # as in `patchify`
-              ) -> torch.Tensor: # (B, 3, T, H, W)
+
+def unpatchify(
+    patches: torch.Tensor,  # (B, N, t*p*p*3)
+    grid: tuple[int, int, int],  # patches along time, height, width
+    t: int,
+    p: int,  # as in `patchify`
+) -> torch.Tensor:  # (B, 3, T, H, W)
     "Put patches back together."
-    return rearrange(patches, 'b (n h w) (t p q c) -> b c (n t) (h p) (w q)', n=grid[0], h=grid[1], w=grid[2], t=t, p=p, q=p)
+    return rearrange(
+        patches,
+        "b (n h w) (t p q c) -> b c (n t) (h p) (w q)",
+        n=grid[0],
+        h=grid[1],
+        w=grid[2],
+        t=t,
+        p=p,
+        q=p,
+    )
 
 # %% ../nbs/03_query_tokenization.ipynb #positions
-def sincos_positions(grid:tuple, # positions along each axis
-                     dim:int # width; what does not divide by 2 x axes stays zero
-                    ) -> torch.Tensor: # (product of grid, dim)
+def sincos_positions(
+    grid: tuple,  # positions along each axis
+    dim: int,  # width; what does not divide by 2 x axes stays zero
+) -> torch.Tensor:  # (product of grid, dim)
     "Fixed sine-cosine codes of a grid, an equal share of the width for each axis."
-    axes = torch.meshgrid(*[torch.arange(n).float() for n in grid], indexing='ij')
-    frequency = 10000.**(-torch.arange(dim//(2*len(grid)))/(dim//(2*len(grid))))
-    angles = [axis.flatten()[:, None]*frequency for axis in axes]
+    axes = torch.meshgrid(*[torch.arange(n).float() for n in grid], indexing="ij")
+    frequency = 10000.0 ** (-torch.arange(dim // (2 * len(grid))) / (dim // (2 * len(grid))))
+    angles = [axis.flatten()[:, None] * frequency for axis in axes]
     code = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], -1)
     return F.pad(code, (0, dim - code.shape[1]))
 
-def gaussian_positions(grid:tuple, # (time, height, width)
-                       dim:int, # width
-                       generator:torch.Generator # where the numbers come from
-                      ) -> torch.Tensor: # (product of grid, dim), standard deviation 0.7
+
+def gaussian_positions(
+    grid: tuple,  # (time, height, width)
+    dim: int,  # width
+    generator: torch.Generator,  # where the numbers come from
+) -> torch.Tensor:  # (product of grid, dim), standard deviation 0.7
     "One Gaussian vector per time plus one per place: nearly orthogonal unless time or place is shared."
-    time, place = torch.randn(grid[0], 1, dim, generator=generator), torch.randn(1, grid[1]*grid[2], dim, generator=generator)
-    return .5*(time + place).flatten(0, 1)
+    time, place = (
+        torch.randn(grid[0], 1, dim, generator=generator),
+        torch.randn(1, grid[1] * grid[2], dim, generator=generator),
+    )
+    return 0.5 * (time + place).flatten(0, 1)
 
 # %% ../nbs/03_query_tokenization.ipynb #transformer
 def _attend(q, k, v):
     "Fused attention; on a CPU in float32, since the bfloat16 kernel's backward pass is slow there."
-    if q.device.type != 'cpu': return F.scaled_dot_product_attention(q, k, v)
-    with torch.autocast('cpu', enabled=False): return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
+
 
 class Block(nn.Module):
     "Pre-norm self-attention and MLP."
+
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.proj = nn.Linear(dim, 3*dim), nn.Linear(dim, dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4*dim), nn.GELU(), nn.Linear(4*dim, dim))
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x):
-        q, k, v = rearrange(self.qkv(self.norm1(x)), 'b n (k h d) -> k b h n d', k=3, h=self.heads)
-        x = x + self.proj(rearrange(_attend(q, k, v), 'b h n d -> b n (h d)'))
+        q, k, v = rearrange(self.qkv(self.norm1(x)), "b n (k h d) -> k b h n d", k=3, h=self.heads)
+        x = x + self.proj(rearrange(_attend(q, k, v), "b h n d -> b n (h d)"))
         return x + self.mlp(self.norm2(x))
+
 
 class Transformer(nn.Module):
     "A stack of blocks and a final LayerNorm."
-    def __init__(self, dim:int, # width
-                 depth:int, # blocks
-                 heads:int, # attention heads
-                 tie:float=0., # 0, or: keys start as a copy of the queries, both times this
-                 checkpoint:bool=False): # keep only each block's input for the backward pass and compute the rest again
+
+    def __init__(
+        self,
+        dim: int,  # width
+        depth: int,  # blocks
+        heads: int,  # attention heads
+        tie: float = 0.0,  # 0, or: keys start as a copy of the queries, both times this
+        checkpoint: bool = False,
+    ):  # keep only each block's input for the backward pass and compute the rest again
         super().__init__()
-        if dim % heads: raise InputError(f'width {dim} does not divide by {heads} heads')
-        self.checkpoint, self.blocks, self.norm = checkpoint, nn.ModuleList(Block(dim, heads) for _ in range(depth)), nn.LayerNorm(dim)
+        if dim % heads:
+            raise InputError(f"width {dim} does not divide by {heads} heads")
+        self.checkpoint, self.blocks, self.norm = (
+            checkpoint,
+            nn.ModuleList(Block(dim, heads) for _ in range(depth)),
+            nn.LayerNorm(dim),
+        )
         for block in self.blocks if tie else []:
             weight, bias = block.qkv.weight.data, block.qkv.bias.data
-            weight[:dim] *= tie; weight[dim:2*dim] = weight[:dim]; bias[dim:2*dim] = bias[:dim]
+            weight[:dim] *= tie
+            weight[dim : 2 * dim] = weight[:dim]
+            bias[dim : 2 * dim] = bias[:dim]
 
-    def forward(self, x:torch.Tensor, # (B, N, dim)
-                tap:int|None=None # also return the state after this many blocks; after the last one, the normed output
-               ): # (B, N, dim), or that and the tapped state
+    def forward(
+        self,
+        x: torch.Tensor,  # (B, N, dim)
+        tap: int
+        | None = None,  # also return the state after this many blocks; after the last one, the normed output
+    ):  # (B, N, dim), or that and the tapped state
         tapped, again = None, self.checkpoint and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
-            x = recompute(block, x, use_reentrant=False, preserve_rng_state=False) if again else block(x)
-            if i + 1 == tap: tapped = x
+            x = (
+                recompute(block, x, use_reentrant=False, preserve_rng_state=False)
+                if again
+                else block(x)
+            )
+            if i + 1 == tap:
+                tapped = x
         x = self.norm(x)
         return x if tap is None else (x, x if tap == len(self.blocks) else tapped)
 
 # %% ../nbs/03_query_tokenization.ipynb #check-config
-_COUNTS = 'num_frames patch_t patch_p num_motion dim encoder_depth decoder_depth heads latent_dim codes_per_token codebook_size'.split()
+_COUNTS = [
+    "num_frames",
+    "patch_t",
+    "patch_p",
+    "num_motion",
+    "dim",
+    "encoder_depth",
+    "decoder_depth",
+    "heads",
+    "latent_dim",
+    "codes_per_token",
+    "codebook_size",
+]
+
 
 def _check_config(c):
     "Refuse what cannot work, in one line."
     for k in _COUNTS:
-        if not isinstance(v := getattr(c, k), int) or v < 1: raise InputError(f'{k} must be a whole number of at least 1, got {v!r}')
-    if not isinstance(c.size, (int, tuple)) or len(c.frame) != 2 or not all(isinstance(s, int) and s > 0 for s in c.frame):
-        raise InputError(f'size must be a number of pixels or a pair (height, width), got {c.size!r}')
+        if not isinstance(v := getattr(c, k), int) or v < 1:
+            raise InputError(f"{k} must be a whole number of at least 1, got {v!r}")
+    if (
+        not isinstance(c.size, (int, tuple))
+        or len(c.frame) != 2
+        or not all(isinstance(s, int) and s > 0 for s in c.frame)
+    ):
+        raise InputError(
+            f"size must be a number of pixels or a pair (height, width), got {c.size!r}"
+        )
     h, w = c.frame
     for wrong, complaint in (
-        (c.num_frames % c.patch_t, f'num_frames {c.num_frames} is no multiple of patch_t {c.patch_t}'),
-        (h % c.patch_p or w % c.patch_p, f'size {c.size} is no multiple of patch_p {c.patch_p}'),
-        (c.dim % c.heads, f'dim {c.dim} is no multiple of heads {c.heads}'),
-        (not isinstance(c.num_appearance, int) or c.num_appearance < 0, f'num_appearance must be a whole number of at least 0, got {c.num_appearance!r}'),
-        (c.latent_dim % c.codes_per_token, f'latent_dim {c.latent_dim} is no multiple of codes_per_token {c.codes_per_token}'),
-        (c.codebook_size < 2, f'codebook_size must be at least 2, got {c.codebook_size}'),
-        (not isinstance(c.temperature, (int, float)) or not c.temperature > 0, f'temperature must be above 0, got {c.temperature!r}'),
-        (c.positions not in ('sincos', 'gaussian'), f'unknown positions {c.positions!r}; choose sincos or gaussian'),
-        (c.queries not in ('normal', 'grid'), f'unknown queries {c.queries!r}; choose normal or grid')):
-        if wrong: raise InputError(complaint)
+        (
+            c.num_frames % c.patch_t,
+            f"num_frames {c.num_frames} is no multiple of patch_t {c.patch_t}",
+        ),
+        (h % c.patch_p or w % c.patch_p, f"size {c.size} is no multiple of patch_p {c.patch_p}"),
+        (c.dim % c.heads, f"dim {c.dim} is no multiple of heads {c.heads}"),
+        (
+            not isinstance(c.num_appearance, int) or c.num_appearance < 0,
+            f"num_appearance must be a whole number of at least 0, got {c.num_appearance!r}",
+        ),
+        (
+            c.latent_dim % c.codes_per_token,
+            f"latent_dim {c.latent_dim} is no multiple of codes_per_token {c.codes_per_token}",
+        ),
+        (c.codebook_size < 2, f"codebook_size must be at least 2, got {c.codebook_size}"),
+        (
+            not isinstance(c.temperature, (int, float)) or not c.temperature > 0,
+            f"temperature must be above 0, got {c.temperature!r}",
+        ),
+        (
+            c.positions not in ("sincos", "gaussian"),
+            f"unknown positions {c.positions!r}; choose sincos or gaussian",
+        ),
+        (
+            c.queries not in ("normal", "grid"),
+            f"unknown queries {c.queries!r}; choose normal or grid",
+        ),
+    ):
+        if wrong:
+            raise InputError(complaint)
 
 # %% ../nbs/03_query_tokenization.ipynb #presets
-_PRESETS = dict(paper={}, tiny=dict(num_frames=8, size=32, patch_t=2, num_appearance=16, num_motion=48, dim=128,
-                                    encoder_depth=4, decoder_depth=4, heads=4, codes_per_token=4, codebook_size=512,
-                                    temperature=.003, restart=True,
-                                    positions='gaussian', queries='grid', tie=1.5),
-                pocket=dict(num_frames=16, size=64, num_appearance=64, num_motion=192, dim=160,
-                            encoder_depth=5, decoder_depth=5, heads=5, codebook_size=1024, restart=True,
-                            positions='gaussian', queries='grid', tie=1.5))
+_PRESETS = dict(
+    paper={},
+    tiny=dict(
+        num_frames=8,
+        size=32,
+        patch_t=2,
+        num_appearance=16,
+        num_motion=48,
+        dim=128,
+        encoder_depth=4,
+        decoder_depth=4,
+        heads=4,
+        codes_per_token=4,
+        codebook_size=512,
+        temperature=0.003,
+        restart=True,
+        positions="gaussian",
+        queries="grid",
+        tie=1.5,
+    ),
+    pocket=dict(
+        num_frames=16,
+        size=64,
+        num_appearance=64,
+        num_motion=192,
+        dim=160,
+        encoder_depth=5,
+        decoder_depth=5,
+        heads=5,
+        codebook_size=1024,
+        restart=True,
+        positions="gaussian",
+        queries="grid",
+        tie=1.5,
+    ),
+)
+
 
 def _preset_fields(name, tokens, changes):
     "The fields of a preset with some changed."
-    if name not in _PRESETS: raise InputError(f'unknown preset {name!r}; choose one of {", ".join(_PRESETS)}')
-    known = [f.name for f in fields(TokenizerConfig)]; unknown = [k for k in changes if k not in known]
-    if unknown: raise InputError(f'a tokenizer has no field {unknown[0]!r}; it has {", ".join(known)}')
+    if name not in _PRESETS:
+        raise InputError(f"unknown preset {name!r}; choose one of {', '.join(_PRESETS)}")
+    known = [f.name for f in fields(TokenizerConfig)]
+    unknown = [k for k in changes if k not in known]
+    if unknown:
+        raise InputError(f"a tokenizer has no field {unknown[0]!r}; it has {', '.join(known)}")
     budget = {}
     if tokens is not None:
-        if not isinstance(tokens, int) or tokens < 4 or tokens % 4: raise InputError(f'{tokens} tokens do not split 1:3; choose a multiple of 4')
-        budget = dict(num_appearance=tokens//4, num_motion=3*tokens//4)
+        if not isinstance(tokens, int) or tokens < 4 or tokens % 4:
+            raise InputError(f"{tokens} tokens do not split 1:3; choose a multiple of 4")
+        budget = dict(num_appearance=tokens // 4, num_motion=3 * tokens // 4)
     return _PRESETS[name] | budget | changes
 
 # %% ../nbs/03_query_tokenization.ipynb #config
 @dataclass
 class TokenizerConfig:
     "Everything that defines a tokenizer."
-    num_frames: int = 16         # T
-    size: int|tuple = 128        # H = W in pixels, or (H, W)
-    patch_t: int = 4             # t, frames per patch
-    patch_p: int = 8             # p, pixels per patch
-    num_appearance: int = 256    # L_a
-    num_motion: int = 768        # L_m
-    dim: int = 768               # hidden width
+
+    num_frames: int = 16  # T
+    size: int | tuple = 128  # H = W in pixels, or (H, W)
+    patch_t: int = 4  # t, frames per patch
+    patch_p: int = 8  # p, pixels per patch
+    num_appearance: int = 256  # L_a
+    num_motion: int = 768  # L_m
+    dim: int = 768  # hidden width
     encoder_depth: int = 12
     decoder_depth: int = 12
     heads: int = 12
-    latent_dim: int = 16         # width at the bottleneck
-    codes_per_token: int = 1     # groups of the latent, each with its own index; all from one table
+    latent_dim: int = 16  # width at the bottleneck
+    codes_per_token: int = 1  # groups of the latent, each with its own index; all from one table
     codebook_size: int = 8192
-    temperature: float = .03     # of the stochastic quantiser
-    restart: bool = False        # restart codes that are never used (not in the paper)
-    positions: str = 'sincos'    # `sincos` (LARP) or `gaussian` (learned)
-    queries: str = 'normal'      # `normal` (std 0.02) or `grid` (start as positions of a coarse grid)
-    tie: float = 0.              # see `Transformer`
-    seed: int = 0                # of the initialisation
-    checkpoint: bool = False     # see `Transformer`
+    temperature: float = 0.03  # of the stochastic quantiser
+    restart: bool = False  # restart codes that are never used (not in the paper)
+    positions: str = "sincos"  # `sincos` (LARP) or `gaussian` (learned)
+    queries: str = "normal"  # `normal` (std 0.02) or `grid` (start as positions of a coarse grid)
+    tie: float = 0.0  # see `Transformer`
+    seed: int = 0  # of the initialisation
+    checkpoint: bool = False  # see `Transformer`
 
     def __post_init__(self):
-        if isinstance(self.size, list): self.size = tuple(self.size) # JSON knows no tuples
+        if isinstance(self.size, list):
+            self.size = tuple(self.size)  # JSON knows no tuples
         _check_config(self)
 
     @property
-    def frame(self) -> tuple: return self.size if isinstance(self.size, tuple) else (self.size, self.size) # H, W
+    def frame(self) -> tuple:
+        return self.size if isinstance(self.size, tuple) else (self.size, self.size)  # H, W
 
     @property
-    def grid(self) -> tuple: return self.num_frames//self.patch_t, *(s//self.patch_p for s in self.frame) # of the clip
+    def grid(self) -> tuple:
+        return self.num_frames // self.patch_t, *(
+            s // self.patch_p for s in self.frame
+        )  # of the clip
 
     @property
-    def num_tokens(self) -> int: return self.num_appearance + self.num_motion # L
+    def num_tokens(self) -> int:
+        return self.num_appearance + self.num_motion  # L
 
     @property
-    def num_codes(self) -> int: return self.num_tokens*self.codes_per_token # indices of a clip
+    def num_codes(self) -> int:
+        return self.num_tokens * self.codes_per_token  # indices of a clip
 
     @classmethod
-    def preset(cls, name:str, # `tiny`, `pocket` or `paper`
-               tokens:int|None=None, # L, a quarter of them for appearance; default: the preset's
-               **changes # fields to change
-              ) -> 'TokenizerConfig':
+    def preset(
+        cls,
+        name: str,  # `tiny`, `pocket` or `paper`
+        tokens: int | None = None,  # L, a quarter of them for appearance; default: the preset's
+        **changes,  # fields to change
+    ) -> "TokenizerConfig":
         "A named configuration."
         return cls(**_preset_fields(name, tokens, changes))
 
@@ -200,159 +334,283 @@ def num_appearance_codes(
     return config.num_appearance * getattr(config, "codes_per_token", 1)
 
 # %% ../nbs/03_query_tokenization.ipynb #saved
-_FREE = {'temperature', 'restart', 'tie', 'seed', 'checkpoint'} # may differ from what a file was saved with
+_FREE = {
+    "temperature",
+    "restart",
+    "tie",
+    "seed",
+    "checkpoint",
+}  # may differ from what a file was saved with
+
 
 def _check_place(name):
     "Refuse a folder that holds no model; say so before the Hub is asked."
     place = Path(name)
     if place.is_dir():
-        missing = [f for f in ('config.json', 'model.safetensors') if not (place/f).is_file()]
-        if missing: raise InputError(f'the folder has no {" and no ".join(missing)}; pickles such as pytorch_model.bin are never opened')
-    elif place.exists() or len(place.parts) > 2 or name[:1] in '.~/' or '\\' in name: raise InputError('there is no such folder')
-    else: print(f'{name} is no folder here: asking the Hugging Face Hub for it', file=sys.stderr)
+        missing = [f for f in ("config.json", "model.safetensors") if not (place / f).is_file()]
+        if missing:
+            raise InputError(
+                f"the folder has no {' and no '.join(missing)}; pickles such as pytorch_model.bin are never opened"
+            )
+    elif place.exists() or len(place.parts) > 2 or name[:1] in ".~/" or "\\" in name:
+        raise InputError("there is no such folder")
+    else:
+        print(f"{name} is no folder here: asking the Hugging Face Hub for it", file=sys.stderr)
+
 
 def _check_file(path, config):
     "Refuse a damaged file and one of another configuration; only the header is read."
     try:
-        with safe_open(path, 'pt') as f: saved = json.loads((f.metadata() or {}).get('config', '{}'))
-    except Exception as e: raise InputError(f'model.safetensors is damaged or something else ({e}); copy it again') from None
-    differ = [f'{k} {saved[k]} and not {v}' for k, v in json.loads(json.dumps(asdict(config))).items() if k not in _FREE and saved.get(k, v) != v]
-    if differ: raise InputError(f'model.safetensors was saved with {", ".join(differ[:3])}; config.json belongs to another file')
+        with safe_open(path, "pt") as f:
+            saved = json.loads((f.metadata() or {}).get("config", "{}"))
+    except Exception as e:
+        raise InputError(
+            f"model.safetensors is damaged or something else ({e}); copy it again"
+        ) from None
+    differ = [
+        f"{k} {saved[k]} and not {v}"
+        for k, v in json.loads(json.dumps(asdict(config))).items()
+        if k not in _FREE and saved.get(k, v) != v
+    ]
+    if differ:
+        raise InputError(
+            f"model.safetensors was saved with {', '.join(differ[:3])}; config.json belongs to another file"
+        )
 
 # %% ../nbs/03_query_tokenization.ipynb #saved-class
 class _Saved(PyTorchModelHubMixin):
     "huggingface_hub's mixin, which opens safetensors only and refuses in one line."
+
     def _save_pretrained(self, save_directory):
-        save_model(self, str(save_directory/'model.safetensors'), metadata=dict(format='pt', config=json.dumps(asdict(self.config))))
+        save_model(
+            self,
+            str(save_directory / "model.safetensors"),
+            metadata=dict(format="pt", config=json.dumps(asdict(self.config))),
+        )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, # a folder, or a name on the Hugging Face Hub
-                        *, strict=True, **options): # as huggingface_hub's mixin
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,  # a folder, or a name on the Hugging Face Hub
+        *,
+        strict=True,
+        **options,
+    ):  # as huggingface_hub's mixin
         "Load what `save_pretrained` wrote, in evaluation mode."
         name = str(pretrained_model_name_or_path)
         try:
             _check_place(name)
-            with contextlib.redirect_stdout(io.StringIO()): return super().from_pretrained(name, strict=strict, **options)
+            with contextlib.redirect_stdout(io.StringIO()):
+                return super().from_pretrained(name, strict=strict, **options)
         except Exception as e:
             lines = [l.strip() for l in str(e).splitlines() if l.strip()] or [type(e).__name__]
-            raise InputError(f'no {cls.__name__} in {name}: {lines[1 if lines[0].startswith("Error(s) in loading") else 0][:300]}') from None
+            raise InputError(
+                f"no {cls.__name__} in {name}: {lines[1 if lines[0].startswith('Error(s) in loading') else 0][:300]}"
+            ) from None
 
     @classmethod
     def _load_as_safetensor(cls, model, model_file, map_location, strict):
-        _check_file(model_file, model.config); return super()._load_as_safetensor(model, model_file, map_location, strict)
+        _check_file(model_file, model.config)
+        return super()._load_as_safetensor(model, model_file, map_location, strict)
 
     @classmethod
-    def _load_as_pickle(cls, *args): raise InputError('it has no model.safetensors; pickles such as pytorch_model.bin are never opened')
+    def _load_as_pickle(cls, *args):
+        raise InputError(
+            "it has no model.safetensors; pickles such as pytorch_model.bin are never opened"
+        )
 
 # %% ../nbs/03_query_tokenization.ipynb #tokenizer
 class Encoded(NamedTuple):
     "What `encode` returns."
-    indices: torch.Tensor           # (B, num_codes) int64, appearance first, a token's codes side by side; None when not quantised
-    latents: torch.Tensor           # (B, L, latent_dim) quantised
-    appearance: torch.Tensor|None   # E_a (B, L_s, dim), encoder outputs at the first frame's patches
-    motion: torch.Tensor            # E_m (B, L_t, dim), encoder outputs at the clip's patches
-    quantizer_loss: torch.Tensor    # scalar
+
+    indices: torch.Tensor  # (B, num_codes) int64, appearance first, a token's codes side by side; None when not quantised
+    latents: torch.Tensor  # (B, L, latent_dim) quantised
+    appearance: (
+        torch.Tensor | None
+    )  # E_a (B, L_s, dim), encoder outputs at the first frame's patches
+    motion: torch.Tensor  # E_m (B, L_t, dim), encoder outputs at the clip's patches
+    quantizer_loss: torch.Tensor  # scalar
+
 
 class TokenizerOutput(NamedTuple):
     "What `forward` returns: the reconstruction and all that `encode` returned."
-    video: torch.Tensor             # (B, 3, T, H, W)
+
+    video: torch.Tensor  # (B, 3, T, H, W)
     encoded: Encoded
 
 # %% ../nbs/03_query_tokenization.ipynb #bottleneck
 def _check_clip(video, config):
     want = (3, config.num_frames, *config.frame)
     if video.ndim != 5 or tuple(video.shape[1:]) != want:
-        raise InputError(f'this tokenizer takes clips of shape (B, {", ".join(map(str, want))}), got {tuple(video.shape)}')
-    if not video.is_floating_point(): raise InputError(f'this tokenizer takes numbers in [0, 1], got {video.dtype}; use video.float()/255')
+        raise InputError(
+            f"this tokenizer takes clips of shape (B, {', '.join(map(str, want))}), got {tuple(video.shape)}"
+        )
+    if not video.is_floating_point():
+        raise InputError(
+            f"this tokenizer takes numbers in [0, 1], got {video.dtype}; use video.float()/255"
+        )
 
-def _linear_zero(dim, out): # a layer that starts by answering zero
-    layer = nn.Linear(dim, out); nn.init.zeros_(layer.weight); nn.init.zeros_(layer.bias); return layer
 
-class _Tokenizer(nn.Module, _Saved, library_name='dera', license='apache-2.0', paper_url='https://arxiv.org/abs/2512.04483'):
+def _linear_zero(dim, out):  # a layer that starts by answering zero
+    layer = nn.Linear(dim, out)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class _Tokenizer(
+    nn.Module,
+    _Saved,
+    library_name="dera",
+    license="apache-2.0",
+    paper_url="https://arxiv.org/abs/2512.04483",
+):
     "Bottleneck and interface; a subclass adds `_streams(video, tap) -> (Z, E_a, E_m)`."
-    def __init__(self, config:TokenizerConfig):
+
+    def __init__(self, config: TokenizerConfig):
         super().__init__()
-        c = self.config = self._hub_mixin_config = replace(config); pixels = 3*c.patch_t*c.patch_p**2
-        generator, learned = torch.Generator().manual_seed(c.seed), c.positions == 'gaussian'
-        clip = gaussian_positions(c.grid, c.dim, generator) if learned else sincos_positions(c.grid, c.dim)
-        self.clip_positions, self.decoder_queries = (nn.Parameter(clip.clone(), requires_grad=learned) for _ in range(2))
-        self.query_type = nn.Parameter(.02*torch.randn(c.dim, generator=generator))
-        self.token_positions = nn.Parameter(sincos_positions((c.num_tokens,), c.dim), requires_grad=learned)
-        self.encoder, self.decoder = (Transformer(c.dim, depth, c.heads, c.tie, c.checkpoint) for depth in (c.encoder_depth, c.decoder_depth))
+        c = self.config = self._hub_mixin_config = replace(config)
+        pixels = 3 * c.patch_t * c.patch_p**2
+        generator, learned = torch.Generator().manual_seed(c.seed), c.positions == "gaussian"
+        clip = (
+            gaussian_positions(c.grid, c.dim, generator)
+            if learned
+            else sincos_positions(c.grid, c.dim)
+        )
+        self.clip_positions, self.decoder_queries = (
+            nn.Parameter(clip.clone(), requires_grad=learned) for _ in range(2)
+        )
+        self.query_type = nn.Parameter(0.02 * torch.randn(c.dim, generator=generator))
+        self.token_positions = nn.Parameter(
+            sincos_positions((c.num_tokens,), c.dim), requires_grad=learned
+        )
+        self.encoder, self.decoder = (
+            Transformer(c.dim, depth, c.heads, c.tie, c.checkpoint)
+            for depth in (c.encoder_depth, c.decoder_depth)
+        )
         self.embed_motion, self.out = nn.Linear(pixels, c.dim), _linear_zero(c.dim, pixels)
-        self.to_latent, self.from_latent = nn.Linear(c.dim, c.latent_dim), nn.Linear(c.latent_dim, c.dim)
-        self.quantizer = StochasticVectorQuantizer(c.codebook_size, c.latent_dim, c.temperature, restart=c.restart, codes_per_token=c.codes_per_token)
+        self.to_latent, self.from_latent = (
+            nn.Linear(c.dim, c.latent_dim),
+            nn.Linear(c.latent_dim, c.dim),
+        )
+        self.quantizer = StochasticVectorQuantizer(
+            c.codebook_size,
+            c.latent_dim,
+            c.temperature,
+            restart=c.restart,
+            codes_per_token=c.codes_per_token,
+        )
         self.num_tokens, self.num_codes = c.num_tokens, c.num_codes
 
-    def encode(self, video:torch.Tensor, # (B, 3, T, H, W) in [0, 1]
-               quantize:bool=True, # False: continuous unit latents, for the first steps of training
-               tap:int|None=None # encoder layer whose patch outputs are returned; default the last
-              ) -> Encoded:
+    def encode(
+        self,
+        video: torch.Tensor,  # (B, 3, T, H, W) in [0, 1]
+        quantize: bool = True,  # False: continuous unit latents, for the first steps of training
+        tap: int | None = None,  # encoder layer whose patch outputs are returned; default the last
+    ) -> Encoded:
         "Video to tokens (Eq. 1, 2)."
-        _check_clip(video, self.config); depth = self.config.encoder_depth
-        if tap is not None and not 1 <= tap <= depth: raise InputError(f'tap must lie in 1 to {depth}, the layers of the encoder, got {tap}')
-        z, appearance, motion = self._streams(2*video - 1, tap or depth)
+        _check_clip(video, self.config)
+        depth = self.config.encoder_depth
+        if tap is not None and not 1 <= tap <= depth:
+            raise InputError(f"tap must lie in 1 to {depth}, the layers of the encoder, got {tap}")
+        z, appearance, motion = self._streams(2 * video - 1, tap or depth)
         z = self.to_latent(z)
-        q = self.quantizer(z) if quantize else Quantized(self.quantizer.tokens(self.quantizer.groups(z)), None, z.new_zeros(()))
+        q = (
+            self.quantizer(z)
+            if quantize
+            else Quantized(self.quantizer.tokens(self.quantizer.groups(z)), None, z.new_zeros(()))
+        )
         return Encoded(q.indices, q.z, appearance, motion, q.loss)
 
-    def decode(self, tokens:torch.Tensor) -> torch.Tensor: # indices (B, num_codes) or latents (B, L, latent_dim) -> (B, 3, T, H, W), not clamped
+    def decode(
+        self, tokens: torch.Tensor
+    ) -> (
+        torch.Tensor
+    ):  # indices (B, num_codes) or latents (B, L, latent_dim) -> (B, 3, T, H, W), not clamped
         "Tokens to video (Eq. 3)."
         return _decode(self, tokens)
 
-    def forward(self, video:torch.Tensor, quantize:bool=True, tap:int|None=None) -> TokenizerOutput: # as `encode`
+    def forward(
+        self, video: torch.Tensor, quantize: bool = True, tap: int | None = None
+    ) -> TokenizerOutput:  # as `encode`
         "Reconstruct a clip."
         encoded = self.encode(video, quantize, tap)
         return TokenizerOutput(self.decode(encoded.latents), encoded)
 
 # %% ../nbs/03_query_tokenization.ipynb #decode
 def _decode(model, tokens):
-    c = model.config; want = (c.num_tokens, c.latent_dim) if tokens.is_floating_point() else (c.num_codes,)
+    c = model.config
+    want = (c.num_tokens, c.latent_dim) if tokens.is_floating_point() else (c.num_codes,)
     if tuple(tokens.shape[1:]) != want:
-        raise InputError(f'expected {c.num_tokens} tokens a clip, as indices (B, {c.num_codes}) or latents (B, {c.num_tokens}, {c.latent_dim}), got {tuple(tokens.shape)}')
+        raise InputError(
+            f"expected {c.num_tokens} tokens a clip, as indices (B, {c.num_codes}) or latents (B, {c.num_tokens}, {c.latent_dim}), got {tuple(tokens.shape)}"
+        )
     latents = tokens if tokens.is_floating_point() else model.quantizer.decode(tokens)
-    y = model.from_latent(latents*(c.latent_dim/c.codes_per_token)**.5) + model.token_positions
+    y = (
+        model.from_latent(latents * (c.latent_dim / c.codes_per_token) ** 0.5)
+        + model.token_positions
+    )
     Q_d = (model.decoder_queries + model.query_type).expand(y.shape[0], -1, -1)
-    Z_d = model.decoder(torch.cat([Q_d, y], 1))[:, :Q_d.shape[1]]
-    return .5 + .5*unpatchify(model.out(Z_d), c.grid, c.patch_t, c.patch_p)
+    Z_d = model.decoder(torch.cat([Q_d, y], 1))[:, : Q_d.shape[1]]
+    return 0.5 + 0.5 * unpatchify(model.out(Z_d), c.grid, c.patch_t, c.patch_p)
 
 # %% ../nbs/03_query_tokenization.ipynb #grid
 class GridTokenizer(_Tokenizer):
     "Tokens are the patches of the clip (Fig. 1a)."
-    def __init__(self, config:TokenizerConfig):
+
+    def __init__(self, config: TokenizerConfig):
         n, h, w = config.grid
-        super().__init__(replace(config, num_appearance=0, num_motion=n*h*w)) # no budget of its own: a token a patch
+        super().__init__(
+            replace(config, num_appearance=0, num_motion=n * h * w)
+        )  # no budget of its own: a token a patch
         self.token_positions.data.copy_(self.clip_positions.data)
 
     def _streams(self, video, tap):
-        x = self.embed_motion(patchify(video, self.config.patch_t, self.config.patch_p)) + self.clip_positions
+        x = (
+            self.embed_motion(patchify(video, self.config.patch_t, self.config.patch_p))
+            + self.clip_positions
+        )
         z, e = self.encoder(x, tap)
         return z, None, e
 
 # %% ../nbs/03_query_tokenization.ipynb #query
-def coarse_queries(positions:torch.Tensor, # (N, dim) of the patch grid
-                   grid:tuple, # of the patches
-                   num:int # queries wanted
-                  ) -> torch.Tensor: # (num, dim)
+def coarse_queries(
+    positions: torch.Tensor,  # (N, dim) of the patch grid
+    grid: tuple,  # of the patches
+    num: int,  # queries wanted
+) -> torch.Tensor:  # (num, dim)
     "Positions of a coarser grid: every place, num/(h*w) times; else evenly spaced along the list of patches."
-    n, h, w = grid; times = num//(h*w)
-    whole = num == times*h*w and times <= n
-    table = positions.view(n, h*w, -1).permute(1, 2, 0) if whole else positions.T[None]
-    return F.interpolate(table, size=times if whole else num, mode='linear', align_corners=True).permute(2, 0, 1).flatten(0, 1)
+    n, h, w = grid
+    times = num // (h * w)
+    whole = num == times * h * w and times <= n
+    table = positions.view(n, h * w, -1).permute(1, 2, 0) if whole else positions.T[None]
+    return (
+        F.interpolate(table, size=times if whole else num, mode="linear", align_corners=True)
+        .permute(2, 0, 1)
+        .flatten(0, 1)
+    )
+
 
 class QueryTokenizer(_Tokenizer):
     "Tokens are the encoder's outputs at learned queries over the whole clip (Fig. 1b, LARP)."
-    def __init__(self, config:TokenizerConfig):
+
+    def __init__(self, config: TokenizerConfig):
         super().__init__(config)
         L, c = config.num_tokens, config
-        if c.queries == 'grid':
+        if c.queries == "grid":
             start = coarse_queries(self.clip_positions.data, c.grid, L)
             self.token_positions.data.copy_(start)
-        else: start = .02*torch.randn(L, c.dim, generator=torch.Generator().manual_seed(c.seed + 1))
+        else:
+            start = 0.02 * torch.randn(
+                L, c.dim, generator=torch.Generator().manual_seed(c.seed + 1)
+            )
         self.queries = nn.Parameter(start.clone())
 
     def _streams(self, video, tap):
-        x = self.embed_motion(patchify(video, self.config.patch_t, self.config.patch_p)) + self.clip_positions
+        x = (
+            self.embed_motion(patchify(video, self.config.patch_t, self.config.patch_p))
+            + self.clip_positions
+        )
         z, e = self.encoder(torch.cat([self.queries.expand(x.shape[0], -1, -1), x], 1), tap)
         L = self.num_tokens
         return z[:, :L], None, e[:, L:]

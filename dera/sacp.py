@@ -8,189 +8,295 @@ __all__ = ['project', 'SACPResult', 'sacp', 'GradientSACP', 'SACP', 'batch_share
 # %% ../nbs/07_sacp_geometry.ipynb #imports
 from typing import NamedTuple
 
-import torch, torch.distributed as dist, torch._functorch.config as functorch_config
+import torch
+import torch._functorch.config as functorch_config
+import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from .utils import InputError
+
+from .runtime.errors import InputError
+from .runtime.processes import average
 
 # %% ../nbs/07_sacp_geometry.ipynb #coefficients
 def _products(a, m):
     "<a, m>, |a|^2, |m|^2; as sums, since autocast would lower `@` to half precision."
-    return torch.stack([(a*m).sum(), (a*a).sum(), (m*m).sum()])
+    return torch.stack([(a * m).sum(), (a * a).sum(), (m * m).sum()])
+
 
 def _coefficients(s, n_a, n_m, eps, relative):
     "Conflict, c_a and c_m from <g_a, g_m>, |g_a|^2, |g_m|^2; both coefficients 0 without a conflict."
-    c_a, c_m = (s/(n + (eps*n if relative else eps)) for n in (n_m, n_a))
-    conflict = (s < 0) & (c_a + c_m + n_a + n_m).isfinite() # an overflowed gradient decides nothing
+    c_a, c_m = (s / (n + (eps * n if relative else eps)) for n in (n_m, n_a))
+    conflict = (s < 0) & (
+        c_a + c_m + n_a + n_m
+    ).isfinite()  # an overflowed gradient decides nothing
     return conflict, torch.where(conflict, c_a, 0), torch.where(conflict, c_m, 0)
 
 # %% ../nbs/07_sacp_geometry.ipynb #project
-def project(g_a:torch.Tensor, g_m:torch.Tensor, # flat gradients, (P,)
-            eps:float=1e-8, # added to squared norms
-            relative:bool=False # eps times the squared norm instead: free of scale
-           ) -> tuple[torch.Tensor, torch.Tensor]: # g_a', g_m'; without a conflict the inputs themselves
+def project(
+    g_a: torch.Tensor,
+    g_m: torch.Tensor,  # flat gradients, (P,)
+    eps: float = 1e-8,  # added to squared norms
+    relative: bool = False,  # eps times the squared norm instead: free of scale
+) -> tuple[torch.Tensor, torch.Tensor]:  # g_a', g_m'; without a conflict the inputs themselves
     "Remove from each gradient its component along the other's original (Algorithm 1)."
     conflict, c_a, c_m = _coefficients(*_products(g_a, g_m), eps, relative)
-    return (g_a - c_a*g_m, g_m - c_m*g_a) if conflict else (g_a, g_m)
+    return (g_a - c_a * g_m, g_m - c_m * g_a) if conflict else (g_a, g_m)
 
 # %% ../nbs/07_sacp_geometry.ipynb #gradients
-functorch_config.donated_buffer = False # or a compiled encoder refuses a second backward pass
+functorch_config.donated_buffer = False  # or a compiled encoder refuses a second backward pass
 
-def _gradients(loss, params, scale=1.):
+
+def _gradients(loss, params, scale=1.0):
     "Gradient of a scalar for each parameter, in float32 or wider; zeros where it does not reach."
     wide = [torch.promote_types(p.dtype, torch.float32) for p in params]
-    if scale != 1: loss = loss*scale # half-precision gradients would underflow without a GradScaler's scale
-    grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True) if loss.requires_grad else [None]*len(params)
-    grads = [torch.zeros_like(p, dtype=w) if g is None else g.to(w) for p, g, w in zip(params, grads, wide)]
-    return [g/scale for g in grads] if scale != 1 else grads
+    if scale != 1:
+        loss = loss * scale  # half-precision gradients would underflow without a GradScaler's scale
+    grads = (
+        torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+        if loss.requires_grad
+        else [None] * len(params)
+    )
+    grads = [
+        torch.zeros_like(p, dtype=w) if g is None else g.to(w)
+        for p, g, w in zip(params, grads, wide)
+    ]
+    return [g / scale for g in grads] if scale != 1 else grads
 
-def _average(grads):
-    "Replace gradients by their means over processes, in one message."
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1): return grads
-    flat = torch.cat([g.flatten() for g in grads]); dist.all_reduce(flat); flat /= dist.get_world_size()
-    return [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in grads]), grads)]
 
 def _decide(g_a, g_m, eps, relative):
     "Conflict, cosine, c_a, c_m of two lists of gradients, and <a, m>, |a|^2, |m|^2 of every parameter, (P, 3)."
     products = torch.stack([_products(a, m) for a, m in zip(g_a, g_m)])
     s, n_a, n_m = products.sum(0)
     conflict, c_a, c_m = _coefficients(s, n_a, n_m, eps, relative)
-    return conflict, s/(n_a.sqrt()*n_m.sqrt()).clamp(min=1e-30), c_a, c_m, products
+    return conflict, s / (n_a.sqrt() * n_m.sqrt()).clamp(min=1e-30), c_a, c_m, products
 
 # %% ../nbs/07_sacp_geometry.ipynb #sacp-result
 class SACPResult(NamedTuple):
     "The two weighted losses after projection, and what was found."
-    loss_a: torch.Tensor   # lambda_a L_a'
-    loss_m: torch.Tensor   # lambda_m L_m'
-    conflict: torch.Tensor # bool: s < 0
-    cosine: torch.Tensor   # between g_a and g_m
-    coef_a: torch.Tensor   # c_a <= 0
-    coef_m: torch.Tensor   # c_m <= 0
+
+    loss_a: torch.Tensor  # lambda_a L_a'
+    loss_m: torch.Tensor  # lambda_m L_m'
+    conflict: torch.Tensor  # bool: s < 0
+    cosine: torch.Tensor  # between g_a and g_m
+    coef_a: torch.Tensor  # c_a <= 0
+    coef_m: torch.Tensor  # c_m <= 0
+
 
 def _losses(loss_a, loss_m, c_a, c_m, weights):
     "lambda_a (L_a - c_a L_m) and lambda_m (L_m - c_m L_a)."
-    return weights[0]*(loss_a - c_a.to(loss_a)*loss_m), weights[1]*(loss_m - c_m.to(loss_m)*loss_a)
+    return weights[0] * (loss_a - c_a.to(loss_a) * loss_m), weights[1] * (
+        loss_m - c_m.to(loss_m) * loss_a
+    )
+
 
 def _with_gradient(loss, params, gradient, factor):
     "The loss, with factor x gradient added to what its backward pass gives `params`."
-    line = sum((p*(factor*g).to(p.dtype)).sum() for p, g in zip(params, gradient))
+    line = sum((p * (factor * g).to(p.dtype)).sum() for p, g in zip(params, gradient))
     return loss + (line - line.detach())
 
 # %% ../nbs/07_sacp_geometry.ipynb #sacp
 def _known(level):
     "The level, if there is one of this name."
-    if level not in ('loss', 'encoder'): raise InputError(f'unknown level {level!r}; choose loss or encoder')
+    if level not in ("loss", "encoder"):
+        raise InputError(f"unknown level {level!r}; choose loss or encoder")
     return level
+
 
 def _sacp(loss_a, loss_m, params, weights, eps, relative, level, loss_scale):
     _known(level)
     params = [p for p in params if p.requires_grad]
-    if not params: raise InputError('no parameter of the encoder requires a gradient; unfreeze it or leave SACP out')
-    if not all(weights): # a loss without weight has no say
-        zero = loss_a.new_zeros(()); return SACPResult(weights[0]*loss_a, weights[1]*loss_m, zero < 0, zero, zero, zero), None
-    both = _average(_gradients(loss_a, params, loss_scale) + _gradients(loss_m, params, loss_scale))
-    g_a, g_m = both[:len(params)], both[len(params):]
-    *found, products = _decide(g_a, g_m, eps, relative); c_a, c_m = found[2:]
-    if level == 'loss': losses = _losses(loss_a, loss_m, c_a, c_m, weights)
-    else: losses = (_with_gradient(weights[0]*loss_a, params, g_m, -weights[0]*c_a), _with_gradient(weights[1]*loss_m, params, g_a, -weights[1]*c_m))
+    if not params:
+        raise InputError(
+            "no parameter of the encoder requires a gradient; unfreeze it or leave SACP out"
+        )
+    if not all(weights):  # a loss without weight has no say
+        zero = loss_a.new_zeros(())
+        return SACPResult(
+            weights[0] * loss_a, weights[1] * loss_m, zero < 0, zero, zero, zero
+        ), None
+    both = average(_gradients(loss_a, params, loss_scale) + _gradients(loss_m, params, loss_scale))
+    g_a, g_m = both[: len(params)], both[len(params) :]
+    *found, products = _decide(g_a, g_m, eps, relative)
+    c_a, c_m = found[2:]
+    if level == "loss":
+        losses = _losses(loss_a, loss_m, c_a, c_m, weights)
+    else:
+        losses = (
+            _with_gradient(weights[0] * loss_a, params, g_m, -weights[0] * c_a),
+            _with_gradient(weights[1] * loss_m, params, g_a, -weights[1] * c_m),
+        )
     return SACPResult(*losses, *found), products
 
-def sacp(loss_a:torch.Tensor, loss_m:torch.Tensor, # L_a, L_m, scalars with a graph
-         params, # parameters of the shared encoder
-         weights:tuple[float, float]=(1., 1.), # lambda_a, lambda_m; applied after projection
-         eps:float=1e-8, # of Algorithm 1
-         relative:bool=False, # eps times the squared norm instead
-         level:str='loss', # `loss`: Algorithm 1; `encoder`: project there, leave every other gradient alone
-         loss_scale:float=1. # a GradScaler's scale, for float16; the losses come in and go out unscaled
-        ) -> SACPResult: # add its two losses to the rest and call backward
+
+def sacp(
+    loss_a: torch.Tensor,
+    loss_m: torch.Tensor,  # L_a, L_m, scalars with a graph
+    params,  # parameters of the shared encoder
+    weights: tuple[float, float] = (1.0, 1.0),  # lambda_a, lambda_m; applied after projection
+    eps: float = 1e-8,  # of Algorithm 1
+    relative: bool = False,  # eps times the squared norm instead
+    level: str = "loss",  # `loss`: Algorithm 1; `encoder`: project there, leave every other gradient alone
+    loss_scale: float = 1.0,  # a GradScaler's scale, for float16; the losses come in and go out unscaled
+) -> SACPResult:  # add its two losses to the rest and call backward
     "Symmetric alignment-conflict projection (Algorithm 1)."
     return _sacp(loss_a, loss_m, params, weights, eps, relative, level, loss_scale)[0]
 
 # %% ../nbs/07_sacp_geometry.ipynb #gradient-level
 class GradientSACP:
     "Algorithm 1 on gradients: collects them over micro-batches, decides once, adds the result to `.grad`."
-    def __init__(self, params, # of the shared encoder
-                 others=(), # every other parameter that the two losses reach: projectors, embeddings, queries
-                 eps:float=1e-8, relative:bool=False, level:str='loss'): # as in `sacp`
+
+    def __init__(
+        self,
+        params,  # of the shared encoder
+        others=(),  # every other parameter that the two losses reach: projectors, embeddings, queries
+        eps: float = 1e-8,
+        relative: bool = False,
+        level: str = "loss",
+    ):  # as in `sacp`
         self.params, self.others = ([p for p in ps if p.requires_grad] for ps in (params, others))
         self.eps, self.relative, self.level, self.collected = eps, relative, _known(level), None
 
-    def collect(self, loss_a, loss_m, # L_a, L_m of a micro-batch; call before the backward pass of the rest
-                share:float=1., loss_scale:float=1.): # share: of the micro-batch in the batch; loss_scale as in `sacp`
+    def collect(
+        self,
+        loss_a,
+        loss_m,  # L_a, L_m of a micro-batch; call before the backward pass of the rest
+        share: float = 1.0,
+        loss_scale: float = 1.0,
+    ):  # share: of the micro-batch in the batch; loss_scale as in `sacp`
         "Take the two gradients of a micro-batch."
-        new = [x for loss in (loss_a*share, loss_m*share) for x in (loss.detach(), *_gradients(loss, self.params + self.others, loss_scale))]
+        new = [
+            x
+            for loss in (loss_a * share, loss_m * share)
+            for x in (loss.detach(), *_gradients(loss, self.params + self.others, loss_scale))
+        ]
         self.collected = [x + y for x, y in zip(self.collected, new)] if self.collected else new
 
-    def apply(self, weights=(1., 1.), loss_scale:float=1.) -> SACPResult: # its losses carry no graph
+    def apply(
+        self, weights=(1.0, 1.0), loss_scale: float = 1.0
+    ) -> SACPResult:  # its losses carry no graph
         "Decide, and add the projected gradients to `.grad`."
-        every, both = self.params + self.others, _average(self.collected); self.collected = None
-        (L_a, *a), (L_m, *m) = both[:len(both)//2], both[len(both)//2:]; n = len(self.params)
+        every, both = self.params + self.others, average(self.collected)
+        self.collected = None
+        (L_a, *a), (L_m, *m) = both[: len(both) // 2], both[len(both) // 2 :]
+        n = len(self.params)
         conflict, cosine, c_a, c_m, _ = _decide(a[:n], m[:n], self.eps, self.relative)
-        if not all(weights): conflict, c_a, c_m = conflict & False, 0*c_a, 0*c_m
-        gains = weights[0] - weights[1]*c_m, weights[1] - weights[0]*c_a
+        if not all(weights):
+            conflict, c_a, c_m = conflict & False, 0 * c_a, 0 * c_m
+        gains = weights[0] - weights[1] * c_m, weights[1] - weights[0] * c_a
         for i, (p, g_a, g_m) in enumerate(zip(every, a, m)):
-            k_a, k_m = gains if i < n or self.level == 'loss' else weights
-            g = (loss_scale*(k_a*g_a + k_m*g_m)).to(p.dtype)
+            k_a, k_m = gains if i < n or self.level == "loss" else weights
+            g = (loss_scale * (k_a * g_a + k_m * g_m)).to(p.dtype)
             p.grad = g if p.grad is None else p.grad.add_(g)
-        losses = _losses(L_a, L_m, c_a, c_m, weights) if self.level == 'loss' else (weights[0]*L_a, weights[1]*L_m)
+        losses = (
+            _losses(L_a, L_m, c_a, c_m, weights)
+            if self.level == "loss"
+            else (weights[0] * L_a, weights[1] * L_m)
+        )
         return SACPResult(*losses, conflict, cosine, c_a, c_m)
 
 # %% ../nbs/07_sacp_geometry.ipynb #every
 class SACP:
     "Algorithm 1 through a run: decides at every `every`-th call, holds the coefficients between, and counts."
-    def __init__(self, eps:float=1e-8, relative:bool=False, level:str='loss', # as in `sacp`
-                 every:int=1): # 1: the paper's
-        if every < 1: raise InputError(f'every must be at least 1, got {every}')
-        if every > 1 and _known(level) != 'loss': raise InputError("every > 1 holds the coefficients of two losses; use level='loss'")
-        self.eps, self.relative, self.level, self.every = eps, relative, _known(level), every
-        self.step, self.decisions, self.conflicts, self.held, self.products = 0, 0, 0., None, None
 
-    def __call__(self, loss_a, loss_m, params, weights=(1., 1.), loss_scale=1.) -> SACPResult: # as in `sacp`
+    def __init__(
+        self,
+        eps: float = 1e-8,
+        relative: bool = False,
+        level: str = "loss",  # as in `sacp`
+        every: int = 1,
+    ):  # 1: the paper's
+        if every < 1:
+            raise InputError(f"every must be at least 1, got {every}")
+        if every > 1 and _known(level) != "loss":
+            raise InputError("every > 1 holds the coefficients of two losses; use level='loss'")
+        self.eps, self.relative, self.level, self.every = eps, relative, _known(level), every
+        self.step, self.decisions, self.conflicts, self.held, self.products = 0, 0, 0.0, None, None
+
+    def __call__(
+        self, loss_a, loss_m, params, weights=(1.0, 1.0), loss_scale=1.0
+    ) -> SACPResult:  # as in `sacp`
         if self.held is None or self.step % self.every == 0:
-            result, self.products = _sacp(loss_a, loss_m, params, weights, self.eps, self.relative, self.level, loss_scale)
-            self.held = result[2:]; self.decisions += 1; self.conflicts = self.conflicts + result.conflict.float()
-        else: result = SACPResult(*_losses(loss_a, loss_m, *self.held[2:], weights), *self.held)
+            result, self.products = _sacp(
+                loss_a, loss_m, params, weights, self.eps, self.relative, self.level, loss_scale
+            )
+            self.held = result[2:]
+            self.decisions += 1
+            self.conflicts = self.conflicts + result.conflict.float()
+        else:
+            result = SACPResult(*_losses(loss_a, loss_m, *self.held[2:], weights), *self.held)
         self.step += 1
         return result
 
-    def state_dict(self) -> dict: return {k: getattr(self, k) for k in ('step', 'decisions', 'conflicts', 'held', 'products')}
+    def state_dict(self) -> dict:
+        return {k: getattr(self, k) for k in ("step", "decisions", "conflicts", "held", "products")}
 
-    def load_state_dict(self, state): vars(self).update(state)
+    def load_state_dict(self, state):
+        vars(self).update(state)
 
-    def statistics(self, names # of the parameters, as in `named_parameters`, in the order they were given
-                  ) -> dict: # of the last decision; `conflict` is the rate since the last call
+    def statistics(
+        self,
+        names,  # of the parameters, as in `named_parameters`, in the order they were given
+    ) -> dict:  # of the last decision; `conflict` is the rate since the last call
         "Conflict rate, cosine, norms of g_a and g_m, and the cosine within each transformer block."
-        if self.products is None: raise InputError('no decision yet: call SACP with two weights above zero first')
+        if self.products is None:
+            raise InputError("no decision yet: call SACP with two weights above zero first")
         s, n_a, n_m = self.products.cpu().double().T
-        cosine = lambda rows: (s[rows].sum()/(n_a[rows].sum()*n_m[rows].sum()).sqrt().clamp(min=1e-150)).item()
+        cosine = lambda rows: (
+            s[rows].sum() / (n_a[rows].sum() * n_m[rows].sum()).sqrt().clamp(min=1e-150)
+        ).item()
         blocks = {}
         for i, name in enumerate(names):
-            if name.startswith('blocks.'): blocks.setdefault(name.split('.')[1], []).append(i)
-        rate = float(self.conflicts)/max(1, self.decisions); self.decisions, self.conflicts = 0, 0.
-        return dict(conflict=rate, cosine=cosine(slice(None)), norm_a=n_a.sum().sqrt().item(), norm_m=n_m.sum().sqrt().item(),
-                    cosine_by_block=[cosine(rows) for rows in blocks.values()])
+            if name.startswith("blocks."):
+                blocks.setdefault(name.split(".")[1], []).append(i)
+        rate = float(self.conflicts) / max(1, self.decisions)
+        self.decisions, self.conflicts = 0, 0.0
+        return dict(
+            conflict=rate,
+            cosine=cosine(slice(None)),
+            norm_a=n_a.sum().sqrt().item(),
+            norm_m=n_m.sum().sqrt().item(),
+            cosine_by_block=[cosine(rows) for rows in blocks.values()],
+        )
 
 # %% ../nbs/07_sacp_geometry.ipynb #share
-def batch_share(n:int, # clips of this process
-                device='cpu' # where processes exchange tensors
-               ) -> float: # n R / N with R processes and N clips in all; 1 in a single process
+def batch_share(
+    n: int,  # clips of this process
+    device="cpu",  # where processes exchange tensors
+) -> float:  # n R / N with R processes and N clips in all; 1 in a single process
     "What to multiply a process's mean losses with, all of them, when batches differ in size."
-    if not (dist.is_available() and dist.is_initialized()): return 1.
-    total = torch.tensor(float(n), device=device); dist.all_reduce(total)
-    return n*dist.get_world_size()/total.item()
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1.0
+    total = torch.tensor(float(n), device=device)
+    dist.all_reduce(total)
+    return n * dist.get_world_size() / total.item()
 
 # %% ../nbs/07_sacp_geometry.ipynb #soft
 class SoftConflict:
     "Table 5's baseline: a penalty of `weight` times the negative inner product of the two gradients."
-    def __init__(self, weight:float=1.): self.weight = weight # 0.5 or 1.0 in the paper
+
+    def __init__(self, weight: float = 1.0):
+        self.weight = weight  # 0.5 or 1.0 in the paper
 
     @staticmethod
-    def attention(): return sdpa_kernel(SDPBackend.MATH) # run the forward pass under it: fused attention has no second derivative
+    def attention():
+        return sdpa_kernel(
+            SDPBackend.MATH
+        )  # run the forward pass under it: fused attention has no second derivative
 
-    def __call__(self, loss_a, loss_m, params) -> torch.Tensor: # scalar to add to the total loss
+    def __call__(self, loss_a, loss_m, params) -> torch.Tensor:  # scalar to add to the total loss
         params = [p for p in params if p.requires_grad]
-        g_a, g_m = ([torch.zeros_like(p) if g is None else g for p, g in zip(params, torch.autograd.grad(l, params, create_graph=True, allow_unused=True))]
-                    for l in (loss_a, loss_m))
-        means = _average([g.detach() for g in (*g_a, *g_m)]); a, m = means[:len(params)], means[len(params):]
-        s = sum((x*y).sum() for x, y in zip(a, m))
-        line = sum((x*v).sum() + (u*y).sum() for x, y, u, v in zip(g_a, g_m, a, m)) # has the gradient of <g_a, g_m>
-        return self.weight*torch.relu(line.detach() - line - s)
+        g_a, g_m = (
+            [
+                torch.zeros_like(p) if g is None else g
+                for p, g in zip(
+                    params, torch.autograd.grad(l, params, create_graph=True, allow_unused=True)
+                )
+            ]
+            for l in (loss_a, loss_m)
+        )
+        means = average([g.detach() for g in (*g_a, *g_m)])
+        a, m = means[: len(params)], means[len(params) :]
+        s = sum((x * y).sum() for x, y in zip(a, m))
+        line = sum(
+            (x * v).sum() + (u * y).sum() for x, y, u, v in zip(g_a, g_m, a, m)
+        )  # has the gradient of <g_a, g_m>
+        return self.weight * torch.relu(line.detach() - line - s)

@@ -6,29 +6,50 @@
 __all__ = ['DeRATokenizer', 'Encoded', 'TokenizerConfig', 'TokenizerOutput']
 
 # %% ../nbs/04_decoupled_streams.ipynb #imports
-import torch, torch.nn as nn
-from .query import Encoded, TokenizerConfig, TokenizerOutput, _Tokenizer, coarse_queries, patchify
-from .utils import InputError
+import torch
+import torch.nn as nn
+
+from dera.query import (
+    Encoded,
+    TokenizerConfig,
+    TokenizerOutput,
+    _Tokenizer,
+    coarse_queries,
+    patchify,
+)
+from .runtime.errors import InputError
 
 # %% ../nbs/04_decoupled_streams.ipynb #all
-_all_ = ['Encoded', 'TokenizerConfig', 'TokenizerOutput']
+_all_ = ["Encoded", "TokenizerConfig", "TokenizerOutput"]
 
 # %% ../nbs/04_decoupled_streams.ipynb #streams
 class DeRATokenizer(_Tokenizer):
     "Appearance tokens from the first frame, motion tokens from the clip, one shared encoder (Eq. 1-3)."
-    def __init__(self, config:TokenizerConfig):
+
+    def __init__(self, config: TokenizerConfig):
         super().__init__(config)
         c, (n, h, w) = config, config.grid
-        if not c.num_appearance: raise InputError('a DeRATokenizer needs at least 1 appearance token; QueryTokenizer does without')
+        if not c.num_appearance:
+            raise InputError(
+                "a DeRATokenizer needs at least 1 appearance token; QueryTokenizer does without"
+            )
         generator = torch.Generator().manual_seed(c.seed + 1)
-        self.embed_appearance = nn.Linear(3*c.patch_p**2, c.dim)
-        frame = self.clip_positions.data.view(n, h*w, c.dim).mean(0)
-        self.frame_positions = nn.Parameter(frame.clone(), requires_grad=c.positions == 'gaussian')
-        if c.queries == 'grid':
-            a = coarse_queries(frame, (1, h, w), c.num_appearance); m = coarse_queries(self.clip_positions.data, c.grid, c.num_motion)
+        self.embed_appearance = nn.Linear(3 * c.patch_p**2, c.dim)
+        frame = self.clip_positions.data.view(n, h * w, c.dim).mean(0)
+        self.frame_positions = nn.Parameter(frame.clone(), requires_grad=c.positions == "gaussian")
+        if c.queries == "grid":
+            a = coarse_queries(frame, (1, h, w), c.num_appearance)
+            m = coarse_queries(self.clip_positions.data, c.grid, c.num_motion)
             self.token_positions.data.copy_(torch.cat([a, m]))
-        else: a, m = (.02*torch.randn(k, c.dim, generator=generator) for k in (c.num_appearance, c.num_motion))
-        self.appearance_queries, self.motion_queries = nn.Parameter(a.clone()), nn.Parameter(m.clone())
+        else:
+            a, m = (
+                0.02 * torch.randn(k, c.dim, generator=generator)
+                for k in (c.num_appearance, c.num_motion)
+            )
+        self.appearance_queries, self.motion_queries = (
+            nn.Parameter(a.clone()),
+            nn.Parameter(m.clone()),
+        )
 
     def _streams(self, video, tap):
         c = self.config
@@ -40,5 +61,7 @@ class DeRATokenizer(_Tokenizer):
 
     def _encode(self, queries, patches, tap):
         "One stream of Eq. 1: outputs at the queries, outputs (of layer `tap`) at the patches."
-        out, tapped = self.encoder(torch.cat([queries.expand(patches.shape[0], -1, -1), patches], 1), tap)
-        return out[:, :queries.shape[0]], tapped[:, queries.shape[0]:]
+        out, tapped = self.encoder(
+            torch.cat([queries.expand(patches.shape[0], -1, -1), patches], 1), tap
+        )
+        return out[:, : queries.shape[0]], tapped[:, queries.shape[0] :]

@@ -7,95 +7,226 @@ __all__ = ['TEACHERS', 'HIDDEN', 'Teacher', 'InternVideo2', 'PocketTeacher', 'lo
            'pooled_tokens', 'factor_probes']
 
 # %% ../nbs/05_foundation_models.ipynb #imports
-import hashlib, json, math, os, socket, time
+import hashlib
+import json
+import math
+import os
+import socket
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import getproxies
 
-import torch, torch.nn as nn, torch.nn.functional as F
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
-from .pocket import BACKGROUNDS, LEVELS, MOTIONS, SHAPES, TEXTURES, Factors, _path, _view, render, sample_factors
+
+from dera.pocket import (
+    BACKGROUNDS,
+    LEVELS,
+    MOTIONS,
+    SHAPES,
+    TEXTURES,
+    Factors,
+    _path,
+    _view,
+    render,
+    sample_factors,
+)
 from .query import Transformer, gaussian_positions, patchify
-from .utils import InputError, RunFolder, checkpoint_path, load_checkpoint, load_model, save_checkpoint, seed_everything, use_bf16, write_atomic
+from .runtime.checkpoints import checkpoint_path, load_checkpoint, load_model, save_checkpoint
+from .runtime.devices import use_bf16
+from .runtime.errors import InputError
+from .runtime.run_folder import RunFolder, write_atomic
+from .runtime.seeds import seed_everything
 
 # %% ../nbs/05_foundation_models.ipynb #fit
 def _fit(video, frames, size):
     "A clip with the frames and pixels that a teacher wants."
     t = video.shape[2]
-    if frames == 1: video = video[:, :, :1]
-    elif t != frames: video = video[:, :, ((torch.arange(frames, device=video.device) + .5)*t/frames).long()]
-    if video.shape[-2:] == (size, size): return video
-    x = F.interpolate(video.transpose(1, 2).flatten(0, 1), (size, size), mode='bicubic', antialias=True, align_corners=False)
+    if frames == 1:
+        video = video[:, :, :1]
+    elif t != frames:
+        video = video[:, :, ((torch.arange(frames, device=video.device) + 0.5) * t / frames).long()]
+    if video.shape[-2:] == (size, size):
+        return video
+    x = F.interpolate(
+        video.transpose(1, 2).flatten(0, 1),
+        (size, size),
+        mode="bicubic",
+        antialias=True,
+        align_corners=False,
+    )
     return x.clamp(0, 1).unflatten(0, (len(video), -1)).transpose(1, 2)
 
 # %% ../nbs/05_foundation_models.ipynb #teacher
 class Teacher(nn.Module):
     "A frozen network: clips in, patch tokens out."
+
     def __init__(self, name, model, tokens, facts, mean, std, layer=None, bf16=False):
         super().__init__()
-        self.name, self.modality, self.grid, self.dim = name, facts['modality'], facts['grid'], facts['dim']
-        self.frames, self.size, self.layer, self._tokens = facts['frames'], facts['size'], layer, tokens
-        self.model = model.to(torch.bfloat16 if bf16 else torch.float32).requires_grad_(False).eval()
-        for k, v in dict(mean=mean, std=std).items(): self.register_buffer(k, torch.tensor(v).view(-1, 1, 1, 1), persistent=False)
+        self.name, self.modality, self.grid, self.dim = (
+            name,
+            facts["modality"],
+            facts["grid"],
+            facts["dim"],
+        )
+        self.frames, self.size, self.layer, self._tokens = (
+            facts["frames"],
+            facts["size"],
+            layer,
+            tokens,
+        )
+        self.model = (
+            model.to(torch.bfloat16 if bf16 else torch.float32).requires_grad_(False).eval()
+        )
+        for k, v in dict(mean=mean, std=std).items():
+            self.register_buffer(k, torch.tensor(v).view(-1, 1, 1, 1), persistent=False)
 
-    def train(self, mode=True): return super().train(False)
+    def train(self, mode=True):
+        return super().train(False)
 
-    def forward(self, video:torch.Tensor # (B, 3, T, H, W) in [0, 1], any T, H, W
-               ) -> torch.Tensor: # (B, N, dim) float32, N the product of `grid`; time first, then rows
+    def forward(
+        self,
+        video: torch.Tensor,  # (B, 3, T, H, W) in [0, 1], any T, H, W
+    ) -> torch.Tensor:  # (B, N, dim) float32, N the product of `grid`; time first, then rows
         "Patch tokens in the order of the grid."
         if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
-            raise InputError(f'a teacher takes video (B, 3, T, H, W) in [0, 1], got {tuple(video.shape)} of {video.dtype}')
-        x = (_fit(video, self.frames, self.size) - self.mean)/self.std
+            raise InputError(
+                f"a teacher takes video (B, 3, T, H, W) in [0, 1], got {tuple(video.shape)} of {video.dtype}"
+            )
+        x = (_fit(video, self.frames, self.size) - self.mean) / self.std
         x = self._tokens(self.model, x.to(next(self.model.parameters()).dtype), self.layer).float()
-        return x.unflatten(1, (self.grid[0], -1, self.grid[1]*self.grid[2])).mean(2).flatten(1, 2)
+        return x.unflatten(1, (self.grid[0], -1, self.grid[1] * self.grid[2])).mean(2).flatten(1, 2)
 
     @property
     def fingerprint(self) -> str:
         "Eight hex digits of a hash over the weights."
         digest = hashlib.sha256()
-        for k, v in sorted(self.model.state_dict().items()): digest.update(k.encode() + v.float().cpu().contiguous().numpy().tobytes())
+        for k, v in sorted(self.model.state_dict().items()):
+            digest.update(k.encode() + v.float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:8]
 
 # %% ../nbs/05_foundation_models.ipynb #facts
-def _facts(family, modality, frames, size, grid, dim, depth, repo, licence): # one row
-    return dict(family=family, modality=modality, frames=frames, size=size, grid=grid, dim=dim, depth=depth, repo=repo, licence=licence)
+def _facts(family, modality, frames, size, grid, dim, depth, repo, licence):  # one row
+    return dict(
+        family=family,
+        modality=modality,
+        frames=frames,
+        size=size,
+        grid=grid,
+        dim=dim,
+        depth=depth,
+        repo=repo,
+        licence=licence,
+    )
 
-_IMAGE, _VIDEO = ('image', 1), ('video', 16)
+
+_IMAGE, _VIDEO = ("image", 1), ("video", 16)
 TEACHERS = {
-    'vit_base_patch16_dinov3.lvd1689m': _facts('timm', *_IMAGE, 256, (1, 16, 16), 768, 12, 'timm/vit_base_patch16_dinov3.lvd1689m', 'DINOv3 License'),
-    'vit_small_patch16_dinov3.lvd1689m': _facts('timm', *_IMAGE, 256, (1, 16, 16), 384, 12, 'timm/vit_small_patch16_dinov3.lvd1689m', 'DINOv3 License'),
-    'vit_base_patch14_dinov2.lvd142m': _facts('timm', *_IMAGE, 224, (1, 16, 16), 768, 12, 'timm/vit_base_patch14_dinov2.lvd142m', 'Apache-2.0'),
-    'vit_small_patch14_dinov2.lvd142m': _facts('timm', *_IMAGE, 224, (1, 16, 16), 384, 12, 'timm/vit_small_patch14_dinov2.lvd142m', 'Apache-2.0'),
-    'internvideo2-b14': _facts('internvideo2', 'video', 4, 224, (4, 16, 16), 768, 12, 'OpenGVLab/InternVideo2_distillation_models', 'Apache-2.0 for the code, none stated with the weights'),
-    'vjepa2-vitl-fpc64-256': _facts('vjepa2', *_VIDEO, 256, (4, 16, 16), 1024, 24, 'facebook/vjepa2-vitl-fpc64-256', 'MIT'),
-    'videomae-base': _facts('videomae', *_VIDEO, 256, (4, 16, 16), 768, 12, 'MCG-NJU/videomae-base', 'CC BY-NC 4.0'),
-    'videomaev2-base': _facts('videomaev2', *_VIDEO, 256, (4, 16, 16), 768, 12, 'OpenGVLab/VideoMAEv2-Base', 'CC BY-NC 4.0'),
-    'pocket-image': _facts('pocket', *_IMAGE, 32, (1, 4, 4), 96, 4, 'dera', 'Apache-2.0'),
-    'pocket-video': _facts('pocket', 'video', 8, 32, (4, 4, 4), 96, 4, 'dera', 'Apache-2.0'),
-    'pocket64-image': _facts('pocket', *_IMAGE, 64, (1, 8, 8), 192, 4, 'dera', 'Apache-2.0'),
-    'pocket64-video': _facts('pocket', *_VIDEO, 64, (4, 8, 8), 192, 4, 'dera', 'Apache-2.0')}
+    "vit_base_patch16_dinov3.lvd1689m": _facts(
+        "timm",
+        *_IMAGE,
+        256,
+        (1, 16, 16),
+        768,
+        12,
+        "timm/vit_base_patch16_dinov3.lvd1689m",
+        "DINOv3 License",
+    ),
+    "vit_small_patch16_dinov3.lvd1689m": _facts(
+        "timm",
+        *_IMAGE,
+        256,
+        (1, 16, 16),
+        384,
+        12,
+        "timm/vit_small_patch16_dinov3.lvd1689m",
+        "DINOv3 License",
+    ),
+    "vit_base_patch14_dinov2.lvd142m": _facts(
+        "timm",
+        *_IMAGE,
+        224,
+        (1, 16, 16),
+        768,
+        12,
+        "timm/vit_base_patch14_dinov2.lvd142m",
+        "Apache-2.0",
+    ),
+    "vit_small_patch14_dinov2.lvd142m": _facts(
+        "timm",
+        *_IMAGE,
+        224,
+        (1, 16, 16),
+        384,
+        12,
+        "timm/vit_small_patch14_dinov2.lvd142m",
+        "Apache-2.0",
+    ),
+    "internvideo2-b14": _facts(
+        "internvideo2",
+        "video",
+        4,
+        224,
+        (4, 16, 16),
+        768,
+        12,
+        "OpenGVLab/InternVideo2_distillation_models",
+        "Apache-2.0 for the code, none stated with the weights",
+    ),
+    "vjepa2-vitl-fpc64-256": _facts(
+        "vjepa2", *_VIDEO, 256, (4, 16, 16), 1024, 24, "facebook/vjepa2-vitl-fpc64-256", "MIT"
+    ),
+    "videomae-base": _facts(
+        "videomae", *_VIDEO, 256, (4, 16, 16), 768, 12, "MCG-NJU/videomae-base", "CC BY-NC 4.0"
+    ),
+    "videomaev2-base": _facts(
+        "videomaev2",
+        *_VIDEO,
+        256,
+        (4, 16, 16),
+        768,
+        12,
+        "OpenGVLab/VideoMAEv2-Base",
+        "CC BY-NC 4.0",
+    ),
+    "pocket-image": _facts("pocket", *_IMAGE, 32, (1, 4, 4), 96, 4, "dera", "Apache-2.0"),
+    "pocket-video": _facts("pocket", "video", 8, 32, (4, 4, 4), 96, 4, "dera", "Apache-2.0"),
+    "pocket64-image": _facts("pocket", *_IMAGE, 64, (1, 8, 8), 192, 4, "dera", "Apache-2.0"),
+    "pocket64-video": _facts("pocket", *_VIDEO, 64, (4, 8, 8), 192, 4, "dera", "Apache-2.0"),
+}
 
 # %% ../nbs/05_foundation_models.ipynb #timm
 def _timm_tokens(model, x, layer):
     "Patch tokens of the first frame."
-    if layer is None: return model.forward_features(x[:, :, 0])[:, model.num_prefix_tokens:]
-    return model.forward_intermediates(x[:, :, 0], indices=[layer - 1], stop_early=True, output_fmt='NLC', intermediates_only=True)[0]
+    if layer is None:
+        return model.forward_features(x[:, :, 0])[:, model.num_prefix_tokens :]
+    return model.forward_intermediates(
+        x[:, :, 0], indices=[layer - 1], stop_early=True, output_fmt="NLC", intermediates_only=True
+    )[0]
 
 # %% ../nbs/05_foundation_models.ipynb #timm-build
 def _build_timm(name, facts):
     "Model, its token function, mean and standard deviation."
     import timm
-    model = timm.create_model(name, pretrained=False, **({'img_size': facts['size']} if 'dinov2' in name else {}))
+
+    model = timm.create_model(
+        name, pretrained=False, **({"img_size": facts["size"]} if "dinov2" in name else {})
+    )
     config = timm.data.resolve_model_data_config(model)
-    return model, _timm_tokens, config['mean'], config['std']
+    return model, _timm_tokens, config["mean"], config["std"]
 
 # %% ../nbs/05_foundation_models.ipynb #hf
 def _blocks(blocks, x, layer):
-    for block in blocks[:layer]: x = block(x); x = x[0] if isinstance(x, tuple) else x
+    for block in blocks[:layer]:
+        x = block(x)
+        x = x[0] if isinstance(x, tuple) else x
     return x
 
 # %% ../nbs/05_foundation_models.ipynb #vjepa2
@@ -103,50 +234,89 @@ def _vjepa2_tokens(encoder, x, layer):
     x = _blocks(encoder.layer, encoder.embeddings(x.transpose(1, 2)), layer)
     return encoder.layernorm(x) if layer is None else x
 
+
 def _build_vjepa2(name, facts):
-    from transformers import VJEPA2Config, VJEPA2Model, VJEPA2VideoProcessor as Processor
-    return VJEPA2Model(VJEPA2Config(crop_size=facts['size'])).encoder, _vjepa2_tokens, Processor.image_mean, Processor.image_std
+    from transformers import VJEPA2Config, VJEPA2Model
+    from transformers import VJEPA2VideoProcessor as Processor
+
+    return (
+        VJEPA2Model(VJEPA2Config(crop_size=facts["size"])).encoder,
+        _vjepa2_tokens,
+        Processor.image_mean,
+        Processor.image_std,
+    )
 
 # %% ../nbs/05_foundation_models.ipynb #videomae
 def _videomae_tokens(model, x, layer):
     x = _blocks(model.encoder.layer, model.embeddings(x.transpose(1, 2), None), layer)
     return model.layernorm(x) if layer is None else x
 
+
 def _build_videomae(name, facts):
     from transformers import VideoMAEConfig, VideoMAEModel
     from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    model = VideoMAEModel(VideoMAEConfig(use_mean_pooling=False, layer_norm_eps=1e-6 if facts['family'] == 'videomaev2' else 1e-12)); e, side = model.embeddings, facts['size']//16
+
+    model = VideoMAEModel(
+        VideoMAEConfig(
+            use_mean_pooling=False,
+            layer_norm_eps=1e-6 if facts["family"] == "videomaev2" else 1e-12,
+        )
+    )
+    e, side = model.embeddings, facts["size"] // 16
     table = e.position_embeddings.view(8, 14, 14, -1).permute(0, 3, 1, 2)
-    e.position_embeddings = F.interpolate(table, (side, side), mode='bicubic').permute(0, 2, 3, 1).reshape(1, 8*side*side, -1)
-    e.patch_embeddings.image_size = (facts['size'],)*2
+    e.position_embeddings = (
+        F.interpolate(table, (side, side), mode="bicubic")
+        .permute(0, 2, 3, 1)
+        .reshape(1, 8 * side * side, -1)
+    )
+    e.patch_embeddings.image_size = (facts["size"],) * 2
     return model, _videomae_tokens, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 # %% ../nbs/05_foundation_models.ipynb #internvideo-block
 class _Scale(nn.Module):
     "LayerScale."
-    def __init__(self, dim): super().__init__(); self.gamma = nn.Parameter(torch.full((dim,), 1e-5))
-    def forward(self, x): return x*self.gamma
+
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), 1e-5))
+
+    def forward(self, x):
+        return x * self.gamma
 
 # %% ../nbs/05_foundation_models.ipynb #internvideo-attention
 class _QKNormAttention(nn.Module):
     "Self-attention with RMSNorm on queries and keys."
+
     def __init__(self, dim, heads):
         super().__init__()
-        self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3*dim, bias=False), nn.Linear(dim, dim)
+        self.heads, self.qkv, self.proj = (
+            heads,
+            nn.Linear(dim, 3 * dim, bias=False),
+            nn.Linear(dim, dim),
+        )
         self.q_norm, self.k_norm = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
 
     def forward(self, x):
         q, k, v = self.qkv(x).chunk(3, -1)
-        q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (self.q_norm(q), self.k_norm(k), v))
+        q, k, v = (
+            z.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for z in (self.q_norm(q), self.k_norm(k), v)
+        )
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 # %% ../nbs/05_foundation_models.ipynb #internvideo-one-block
 class _InternBlock(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
-        self.norm1, self.attn, self.ls1 = nn.RMSNorm(dim, eps=1e-6), _QKNormAttention(dim, heads), _Scale(dim)
+        self.norm1, self.attn, self.ls1 = (
+            nn.RMSNorm(dim, eps=1e-6),
+            _QKNormAttention(dim, heads),
+            _Scale(dim),
+        )
         self.norm2, self.ls2 = nn.RMSNorm(dim, eps=1e-6), _Scale(dim)
-        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4*dim), act=nn.GELU(), fc2=nn.Linear(4*dim, dim)))
+        self.mlp = nn.Sequential(
+            OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim))
+        )
 
     def forward(self, x):
         x = x + self.ls1(self.attn(self.norm1(x)))
@@ -155,363 +325,659 @@ class _InternBlock(nn.Module):
 # %% ../nbs/05_foundation_models.ipynb #internvideo
 class InternVideo2(nn.Module):
     "The video encoder of InternVideo2 with the published names."
-    def __init__(self, dim:int=768, depth:int=12, heads:int=12,
-                 frames:int=4, # input frames, one step of time each
-                 size:int=224): # pixels
+
+    def __init__(
+        self,
+        dim: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        frames: int = 4,  # input frames, one step of time each
+        size: int = 224,
+    ):  # pixels
         super().__init__()
         self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv3d(3, dim, (1, 14, 14), (1, 14, 14))))
-        self.cls_token = nn.Parameter(.02*torch.randn(1, 1, dim))
-        self.pos_embed = nn.Parameter(.02*torch.randn(1, 1 + frames*(size//14)**2, dim))
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + frames * (size // 14) ** 2, dim))
         self.blocks = nn.ModuleList(_InternBlock(dim, heads) for _ in range(depth))
 
-    def forward(self, x:torch.Tensor, # (B, 3, frames, size, size), normalised
-                layer:int|None=None # stop after this many blocks
-               ) -> torch.Tensor: # (B, N, dim), without the class token
+    def forward(
+        self,
+        x: torch.Tensor,  # (B, 3, frames, size, size), normalised
+        layer: int | None = None,  # stop after this many blocks
+    ) -> torch.Tensor:  # (B, N, dim), without the class token
         x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
         return _blocks(self.blocks, x, layer)[:, 1:]
 
 # %% ../nbs/05_foundation_models.ipynb #internvideo-build
-def _internvideo2_tokens(model, x, layer): return model(x, layer)
+def _internvideo2_tokens(model, x, layer):
+    return model(x, layer)
+
 
 def _build_internvideo2(name, facts):
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    return InternVideo2(frames=facts['frames'], size=facts['size']), _internvideo2_tokens, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    return (
+        InternVideo2(frames=facts["frames"], size=facts["size"]),
+        _internvideo2_tokens,
+        IMAGENET_DEFAULT_MEAN,
+        IMAGENET_DEFAULT_STD,
+    )
 
 # %% ../nbs/05_foundation_models.ipynb #published
 def _resize_positions(table, prefix, grid, wanted):
     "Resize a table of positions (1, prefix + N, D) from one (T', H', W') to another."
-    if tuple(grid) == tuple(wanted): return table
+    if tuple(grid) == tuple(wanted):
+        return table
     x = table[:, prefix:].unflatten(1, grid).float()
-    if grid[0] != wanted[0]: x = F.interpolate(x.flatten(2, 3).permute(0, 2, 3, 1).flatten(0, 1), wanted[0], mode='linear').unflatten(0, (1, *grid[1:])).permute(0, 4, 1, 2, 3)
-    if grid[1:] != wanted[1:]: x = F.interpolate(x[0].permute(0, 3, 1, 2), wanted[1:], mode='bicubic', antialias=True).permute(0, 2, 3, 1)[None]
+    if grid[0] != wanted[0]:
+        x = (
+            F.interpolate(
+                x.flatten(2, 3).permute(0, 2, 3, 1).flatten(0, 1), wanted[0], mode="linear"
+            )
+            .unflatten(0, (1, *grid[1:]))
+            .permute(0, 4, 1, 2, 3)
+        )
+    if grid[1:] != wanted[1:]:
+        x = F.interpolate(
+            x[0].permute(0, 3, 1, 2), wanted[1:], mode="bicubic", antialias=True
+        ).permute(0, 2, 3, 1)[None]
     return torch.cat([table[:, :prefix], x.flatten(1, 3).to(table.dtype)], 1)
 
 # %% ../nbs/05_foundation_models.ipynb #published-names
-_HEADS = 'predictor.', 'decoder.', 'encoder_to_decoder.', 'mask_token', 'clip_pos_embed', 'clip_projector.', 'clip_decoder.', 'final_clip_decoder.', 'fc_norm.', 'head.'
-_PREFIX = dict(vjepa2='encoder.', videomae='videomae.')
+_HEADS = (
+    "predictor.",
+    "decoder.",
+    "encoder_to_decoder.",
+    "mask_token",
+    "clip_pos_embed",
+    "clip_projector.",
+    "clip_decoder.",
+    "final_clip_decoder.",
+    "fc_norm.",
+    "head.",
+)
+_PREFIX = dict(vjepa2="encoder.", videomae="videomae.")
 
-_VIDEOMAE2 = {'patch_embed.proj.': 'embeddings.patch_embeddings.projection.', 'blocks.': 'encoder.layer.', 'attn.proj.': 'attention.output.dense.', 'attn.q_bias': 'attention.attention.q_bias',
-              'attn.v_bias': 'attention.attention.v_bias', 'norm1.': 'layernorm_before.', 'norm2.': 'layernorm_after.', 'mlp.fc1.': 'intermediate.dense.', 'mlp.fc2.': 'output.dense.', 'fc_norm.': 'layernorm.'}
+_VIDEOMAE2 = {
+    "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
+    "blocks.": "encoder.layer.",
+    "attn.proj.": "attention.output.dense.",
+    "attn.q_bias": "attention.attention.q_bias",
+    "attn.v_bias": "attention.attention.v_bias",
+    "norm1.": "layernorm_before.",
+    "norm2.": "layernorm_after.",
+    "mlp.fc1.": "intermediate.dense.",
+    "mlp.fc2.": "output.dense.",
+    "fc_norm.": "layernorm.",
+}
+
 
 def _from_videomaev2(state):
     "VideoMAE v2's tensors under VideoMAE's names; query, key and value come in one matrix."
     out = {}
     for k, v in state.items():
-        k = k.removeprefix('model.')
-        for ours, theirs in _VIDEOMAE2.items(): k = k.replace(ours, theirs)
-        if k.endswith('attn.qkv.weight'): out |= {k.replace('attn.qkv', f'attention.attention.{n}'): part for n, part in zip(('query', 'key', 'value'), v.chunk(3))}
-        else: out[k] = v
+        k = k.removeprefix("model.")
+        for ours, theirs in _VIDEOMAE2.items():
+            k = k.replace(ours, theirs)
+        if k.endswith("attn.qkv.weight"):
+            out |= {
+                k.replace("attn.qkv", f"attention.attention.{n}"): part
+                for n, part in zip(("query", "key", "value"), v.chunk(3))
+            }
+        else:
+            out[k] = v
     return out
 
 # %% ../nbs/05_foundation_models.ipynb #published-as-ours
 def _published(state, facts):
     "Published tensors under our names: heads dropped, prefix removed, positions resized."
-    if facts['family'] == 'videomaev2': state = _from_videomaev2(state)
-    prefix, grid = _PREFIX.get(facts['family'], ''), facts['grid']
-    state = {k.removeprefix(prefix).replace('.q_bias', '.query.bias').replace('.v_bias', '.value.bias'): v for k, v in state.items() if not k.startswith(_HEADS)}
-    if 'pos_embed' in state:
-        table = state['pos_embed']; n = table.shape[1] - 1; time = max(1, n//256) if facts['modality'] == 'video' else 1; side = math.isqrt(n//time)
-        if time*side*side == n: state['pos_embed'] = _resize_positions(table, 1, (time, side, side), grid)
+    if facts["family"] == "videomaev2":
+        state = _from_videomaev2(state)
+    prefix, grid = _PREFIX.get(facts["family"], ""), facts["grid"]
+    state = {
+        k.removeprefix(prefix)
+        .replace(".q_bias", ".query.bias")
+        .replace(".v_bias", ".value.bias"): v
+        for k, v in state.items()
+        if not k.startswith(_HEADS)
+    }
+    if "pos_embed" in state:
+        table = state["pos_embed"]
+        n = table.shape[1] - 1
+        time = max(1, n // 256) if facts["modality"] == "video" else 1
+        side = math.isqrt(n // time)
+        if time * side * side == n:
+            state["pos_embed"] = _resize_positions(table, 1, (time, side, side), grid)
     return state
 
 # %% ../nbs/05_foundation_models.ipynb #load-strict
 def _load_strict(model, state, facts, file):
     "Copy a published state dict into a model, or name the first key that does not fit."
-    state, want, prefix = _published(state, facts), model.state_dict(), _PREFIX.get(facts['family'], '')
+    state, want, prefix = (
+        _published(state, facts),
+        model.state_dict(),
+        _PREFIX.get(facts["family"], ""),
+    )
     for k, v in want.items():
-        if k not in state: raise InputError(f'{file} has no {prefix}{k}; it is not the file of {facts["repo"]}')
-        if state[k].shape != v.shape: raise InputError(f'{file}: {prefix}{k} is {tuple(state[k].shape)} where {tuple(v.shape)} is needed; it is not the file of {facts["repo"]}')
+        if k not in state:
+            raise InputError(f"{file} has no {prefix}{k}; it is not the file of {facts['repo']}")
+        if state[k].shape != v.shape:
+            raise InputError(
+                f"{file}: {prefix}{k} is {tuple(state[k].shape)} where {tuple(v.shape)} is needed; it is not the file of {facts['repo']}"
+            )
     extra = next((k for k in state if k not in want), None)
-    if extra: raise InputError(f'{file} has {prefix}{extra}, which the model does not know; it is not the file of {facts["repo"]}')
+    if extra:
+        raise InputError(
+            f"{file} has {prefix}{extra}, which the model does not know; it is not the file of {facts['repo']}"
+        )
     model.load_state_dict(state)
 
 # %% ../nbs/05_foundation_models.ipynb #online
 def _online():
     "Whether the hub can be reached, without its minute of retries."
-    if constants.HF_HUB_OFFLINE: return False
-    if getproxies(): return True
-    try: socket.create_connection((urlparse(constants.ENDPOINT).hostname, 443), timeout=3).close(); return True
-    except OSError: return False
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if getproxies():
+        return True
+    try:
+        socket.create_connection((urlparse(constants.ENDPOINT).hostname, 443), timeout=3).close()
+        return True
+    except OSError:
+        return False
 
 # %% ../nbs/05_foundation_models.ipynb #find-weights
 def _find_weights(name, facts, weights):
     "A safetensors file with the weights of a published teacher."
-    folder = os.environ.get('DERA_TEACHERS')
-    file = Path(weights) if weights else Path(folder)/f'{name}.safetensors' if folder else None
-    if file and file.is_dir(): file = file/'model.safetensors'
-    if file and file.suffix == '.safetensors' and file.is_file(): return file
-    if weights: raise InputError(f'no safetensors file at {weights}; name the file with the weights of {name}')
-    intern = facts['family'] == 'internvideo2'; hint = ' (convert its pytorch_model.bin to safetensors as notebook 05 shows)' if intern else ''
-    for local in (True, False)*(not intern):
+    folder = os.environ.get("DERA_TEACHERS")
+    file = Path(weights) if weights else Path(folder) / f"{name}.safetensors" if folder else None
+    if file and file.is_dir():
+        file = file / "model.safetensors"
+    if file and file.suffix == ".safetensors" and file.is_file():
+        return file
+    if weights:
+        raise InputError(
+            f"no safetensors file at {weights}; name the file with the weights of {name}"
+        )
+    intern = facts["family"] == "internvideo2"
+    hint = " (convert its pytorch_model.bin to safetensors as notebook 05 shows)" if intern else ""
+    for local in (True, False) * (not intern):
         try:
-            if local or _online(): return Path(hf_hub_download(facts['repo'], 'model.safetensors', local_files_only=local))
-        except Exception: pass
-    raise InputError(f'no weights for {name}: they are at https://huggingface.co/{facts["repo"]}, licence {facts["licence"]}; download them{hint} '
-                     f'and pass weights=FILE or put them into the folder $DERA_TEACHERS as {name}.safetensors{"" if intern else "; with a network they come by themselves"}')
+            if local or _online():
+                return Path(
+                    hf_hub_download(facts["repo"], "model.safetensors", local_files_only=local)
+                )
+        except Exception:
+            pass
+    raise InputError(
+        f"no weights for {name}: they are at https://huggingface.co/{facts['repo']}, licence {facts['licence']}; download them{hint} "
+        f"and pass weights=FILE or put them into the folder $DERA_TEACHERS as {name}.safetensors{'' if intern else '; with a network they come by themselves'}"
+    )
 
 # %% ../nbs/05_foundation_models.ipynb #stem
 class _Stem(nn.Sequential):
     "Convolutions from 8 x 8 pixels to a token."
-    def __init__(self, dim):
-        conv = lambda i, o, stride: nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
-        super().__init__(conv(3, 16, 1), conv(16, 32, 2), conv(32, 64, 1), conv(64, 96, 2), conv(96, 96, 1), nn.Conv2d(96, dim, 2, 2))
 
-    def forward(self, frames): return super().forward(frames).flatten(2).transpose(1, 2)
+    def __init__(self, dim):
+        conv = lambda i, o, stride: nn.Sequential(
+            nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()
+        )
+        super().__init__(
+            conv(3, 16, 1),
+            conv(16, 32, 2),
+            conv(32, 64, 1),
+            conv(64, 96, 2),
+            conv(96, 96, 1),
+            nn.Conv2d(96, dim, 2, 2),
+        )
+
+    def forward(self, frames):
+        return super().forward(frames).flatten(2).transpose(1, 2)
 
 # %% ../nbs/05_foundation_models.ipynb #pocket-teacher
-_MEAN, _STD = [.4]*3, [.25]*3 # of the pocket world, roughly
+_MEAN, _STD = [0.4] * 3, [0.25] * 3  # of the pocket world, roughly
 
-class PocketTeacher(nn.Module, PyTorchModelHubMixin, library_name='dera', license='apache-2.0'):
+
+class PocketTeacher(nn.Module, PyTorchModelHubMixin, library_name="dera", license="apache-2.0"):
     "A small ViT on pocket clips, normalised; `modality` is `image` (one frame) or `video` (size/4 frames in 4 steps)."
-    def __init__(self, modality:str, dim:int=96, depth:int=4, heads:int=4, size:int=32):
+
+    def __init__(
+        self, modality: str, dim: int = 96, depth: int = 4, heads: int = 4, size: int = 32
+    ):
         super().__init__()
         self.modality, self.dim, self.size = modality, dim, size
-        self.frames, self.tubelet = (1, 1) if modality == 'image' else (size//4, size//16)
-        self.grid = (self.frames//self.tubelet, size//8, size//8)
-        self.embed = _Stem(dim) if modality == 'image' else nn.Linear(3*self.tubelet*64, dim)
-        self.positions = nn.Parameter(gaussian_positions(self.grid, dim, torch.Generator().manual_seed(0)))
+        self.frames, self.tubelet = (1, 1) if modality == "image" else (size // 4, size // 16)
+        self.grid = (self.frames // self.tubelet, size // 8, size // 8)
+        self.embed = _Stem(dim) if modality == "image" else nn.Linear(3 * self.tubelet * 64, dim)
+        self.positions = nn.Parameter(
+            gaussian_positions(self.grid, dim, torch.Generator().manual_seed(0))
+        )
         self.transformer = Transformer(dim, depth, heads)
 
-    def tokens(self, x:torch.Tensor # (B, 3, frames, size, size), normalised
-              ) -> torch.Tensor: # (B, N, dim)
+    def tokens(
+        self,
+        x: torch.Tensor,  # (B, 3, frames, size, size), normalised
+    ) -> torch.Tensor:  # (B, N, dim)
         "Embedded patches with positions."
-        return (self.embed(x[:, :, 0]) if self.modality == 'image' else self.embed(patchify(x, self.tubelet, 8))) + self.positions
+        return (
+            self.embed(x[:, :, 0])
+            if self.modality == "image"
+            else self.embed(patchify(x, self.tubelet, 8))
+        ) + self.positions
 
-    def forward(self, x:torch.Tensor, # (B, 3, frames, size, size), normalised
-                layer:int|None=None # stop after this many blocks
-               ) -> torch.Tensor: # (B, N, dim), time first, then rows
+    def forward(
+        self,
+        x: torch.Tensor,  # (B, 3, frames, size, size), normalised
+        layer: int | None = None,  # stop after this many blocks
+    ) -> torch.Tensor:  # (B, N, dim), time first, then rows
         "Features in patch-grid order."
-        if layer is None: return self.transformer(self.tokens(x))
+        if layer is None:
+            return self.transformer(self.tokens(x))
         return _blocks(self.transformer.blocks, self.tokens(x), layer)
 
 # %% ../nbs/05_foundation_models.ipynb #load
-def _pocket_tokens(model, x, layer): return model(x, layer)
+def _pocket_tokens(model, x, layer):
+    return model(x, layer)
+
 
 def _build_pocket(name, facts):
-    return PocketTeacher(facts['modality'], facts['dim'], facts['depth'], facts['dim']//(24 if facts['size'] == 32 else 32), facts['size']), _pocket_tokens, _MEAN, _STD
+    return (
+        PocketTeacher(
+            facts["modality"],
+            facts["dim"],
+            facts["depth"],
+            facts["dim"] // (24 if facts["size"] == 32 else 32),
+            facts["size"],
+        ),
+        _pocket_tokens,
+        _MEAN,
+        _STD,
+    )
 
 # %% ../nbs/05_foundation_models.ipynb #known
 def _known(name):
     "The key of `TEACHERS` that is meant: the address of its weights, its family or an unambiguous beginning will do."
-    plain = lambda s: ''.join(c for c in s.lower() if c.isalnum())
-    fits = [k for k, f in TEACHERS.items() if plain(name) in (plain(k), plain(f['repo']), f['family'])] or [k for k in TEACHERS if plain(k).startswith(plain(name))]
-    if len(fits) != 1: raise InputError(f'unknown teacher {name!r}; choose one of {", ".join(TEACHERS)}')
+    plain = lambda s: "".join(c for c in s.lower() if c.isalnum())
+    fits = [
+        k for k, f in TEACHERS.items() if plain(name) in (plain(k), plain(f["repo"]), f["family"])
+    ] or [k for k in TEACHERS if plain(k).startswith(plain(name))]
+    if len(fits) != 1:
+        raise InputError(f"unknown teacher {name!r}; choose one of {', '.join(TEACHERS)}")
     return fits[0]
 
 # %% ../nbs/05_foundation_models.ipynb #load-teacher
-def load_teacher(name:str, # a key of `TEACHERS`; its address on the hub or an unambiguous beginning will do
-                 pretrained:bool=True, # False: random weights
-                 weights:str|Path|None=None, # safetensors file, or folder of a pocket teacher; default: see above
-                 layer:int|None=None, # tokens as they leave this block, from 1; default: last layer, after its norm
-                 bf16:bool=False # compute in bfloat16
-                ) -> Teacher:
+def load_teacher(
+    name: str,  # a key of `TEACHERS`; its address on the hub or an unambiguous beginning will do
+    pretrained: bool = True,  # False: random weights
+    weights: str
+    | Path
+    | None = None,  # safetensors file, or folder of a pocket teacher; default: see above
+    layer: int
+    | None = None,  # tokens as they leave this block, from 1; default: last layer, after its norm
+    bf16: bool = False,  # compute in bfloat16
+) -> Teacher:
     "A frozen teacher in evaluation mode."
-    name = _known(name); facts = TEACHERS[name]; pocket = facts['family'] == 'pocket'
-    if layer is not None and not 1 <= layer <= facts['depth']: raise InputError(f'{name} has layers 1 to {facts["depth"]}; {layer} is none of them')
+    name = _known(name)
+    facts = TEACHERS[name]
+    pocket = facts["family"] == "pocket"
+    if layer is not None and not 1 <= layer <= facts["depth"]:
+        raise InputError(f"{name} has layers 1 to {facts['depth']}; {layer} is none of them")
     file = _find_weights(name, facts, weights) if pretrained and not pocket else None
-    build = dict(timm=_build_timm, vjepa2=_build_vjepa2, videomae=_build_videomae, videomaev2=_build_videomae, internvideo2=_build_internvideo2, pocket=_build_pocket)[facts['family']]
+    build = dict(
+        timm=_build_timm,
+        vjepa2=_build_vjepa2,
+        videomae=_build_videomae,
+        videomaev2=_build_videomae,
+        internvideo2=_build_internvideo2,
+        pocket=_build_pocket,
+    )[facts["family"]]
     model, tokens, mean, std = build(name, facts)
-    if pretrained and pocket: model = load_model(PocketTeacher, weights or checkpoint_path(f'{name}-teacher'))
-    elif pretrained: _load_strict(model, load_file(file), facts, file)
+    if pretrained and pocket:
+        model = load_model(PocketTeacher, weights or checkpoint_path(f"{name}-teacher"))
+    elif pretrained:
+        _load_strict(model, load_file(file), facts, file)
     return Teacher(name, model, tokens, facts, mean, std, layer, bf16)
 
 # %% ../nbs/05_foundation_models.ipynb #questions
-_CLASSES = dict(shape=len(SHAPES), texture=len(TEXTURES), background=len(BACKGROUNDS), motion=len(MOTIONS))
-_turn = lambda a: torch.stack([a.cos(), a.sin()], -1) # an angle as a point, so that 0 and 2 pi agree
+_CLASSES = dict(
+    shape=len(SHAPES), texture=len(TEXTURES), background=len(BACKGROUNDS), motion=len(MOTIONS)
+)
+_turn = lambda a: torch.stack(
+    [a.cos(), a.sin()], -1
+)  # an angle as a point, so that 0 and 2 pi agree
+
 
 def _on_screen(f, t):
     "Centre (B, T, 2) and radius (B, T) of the object as the camera sees it."
     _, log_size, shift, zoom = _view(f, t)
-    return (_path(f, t) - shift)*zoom.exp()[..., None], f.size[:, None]*(log_size + zoom).exp()
+    return (_path(f, t) - shift) * zoom.exp()[..., None], f.size[:, None] * (log_size + zoom).exp()
 
 # %% ../nbs/05_foundation_models.ipynb #questions-asked
 def _questions(f, modality):
     "Classes and numbers that a teacher is asked for."
-    if modality == 'video': return dict(motion=f.motion), torch.cat([_turn(f.angle), f.speed[:, None], _turn(2*math.pi*f.phase)], -1)
-    return (dict(shape=f.shape, texture=f.texture, background=f.background),
-            torch.cat([_turn(2*math.pi*f.hue), _turn(2*math.pi*f.bg_hue), 4*f.bg_value[:, None]], -1))
+    if modality == "video":
+        return dict(motion=f.motion), torch.cat(
+            [_turn(f.angle), f.speed[:, None], _turn(2 * math.pi * f.phase)], -1
+        )
+    return (
+        dict(shape=f.shape, texture=f.texture, background=f.background),
+        torch.cat(
+            [_turn(2 * math.pi * f.hue), _turn(2 * math.pi * f.bg_hue), 4 * f.bg_value[:, None]], -1
+        ),
+    )
 
 # %% ../nbs/05_foundation_models.ipynb #config
 @dataclass
 class TeacherConfig:
     "How a pocket teacher is trained."
-    modality: str = 'image'       # `image` or `video`
+
+    modality: str = "image"  # `image` or `video`
     steps: int = 3000
-    batch_size: int|None = None   # a third of each level; default: 64 frames or 33 clips
-    lr: float = 2e-3              # AdamW
-    muon_lr: float = .02          # Muon: matrices in the blocks
+    batch_size: int | None = None  # a third of each level; default: 64 frames or 33 clips
+    lr: float = 2e-3  # AdamW
+    muon_lr: float = 0.02  # Muon: matrices in the blocks
     seed: int = 0
-    size: int = 64                # pixels; 16 frames for `video`
+    size: int = 64  # pixels; 16 frames for `video`
     dim: int = 192
     depth: int = 4
     heads: int = 6
-    objective: str = 'factors'    # `factors`, or `masked`: redraw hidden patches, without labels
-    keep: float|None = None       # share of patches seen (`factors`: in the first three quarters); default: all of a frame, half of a clip, a quarter if masked
-    init: str = ''                # folder of a teacher to start from
+    objective: str = "factors"  # `factors`, or `masked`: redraw hidden patches, without labels
+    keep: float | None = (
+        None  # share of patches seen (`factors`: in the first three quarters); default: all of a frame, half of a clip, a quarter if masked
+    )
+    init: str = ""  # folder of a teacher to start from
     log_every: int = 50
     save_every: int = 100
 
     def __post_init__(self):
-        if self.modality not in ('image', 'video') or self.objective not in ('factors', 'masked'):
-            raise InputError(f'a teacher of {self.modality!r} by {self.objective!r} is not known; choose image or video, factors or masked')
-        image = self.modality == 'image'
-        if self.batch_size is None: self.batch_size = 64 if image else 33
-        if self.keep is None: self.keep = .25 if self.objective == 'masked' else 1. if image else .5
+        if self.modality not in ("image", "video") or self.objective not in ("factors", "masked"):
+            raise InputError(
+                f"a teacher of {self.modality!r} by {self.objective!r} is not known; choose image or video, factors or masked"
+            )
+        image = self.modality == "image"
+        if self.batch_size is None:
+            self.batch_size = 64 if image else 33
+        if self.keep is None:
+            self.keep = 0.25 if self.objective == "masked" else 1.0 if image else 0.5
 
 # %% ../nbs/05_foundation_models.ipynb #batch
-def _clips(n, seed, frames, size, device='cpu'):
+def _clips(n, seed, frames, size, device="cpu"):
     "Rendered clips of all levels and their factors."
-    parts = [sample_factors(n//3, 3*seed + i, level) for i, level in enumerate(LEVELS)]
+    parts = [sample_factors(n // 3, 3 * seed + i, level) for i, level in enumerate(LEVELS)]
     f = Factors(**{k: torch.cat([getattr(p, k) for p in parts]) for k in vars(parts[0])}).to(device)
     return render(f, frames, size), f
 
 # %% ../nbs/05_foundation_models.ipynb #one-batch
 def _batch(c, step, device):
     "Clips, factors, centre and radius at each step of the grid, and a generator."
-    seed = 10_000_019*(c.seed + 1) + step; g = torch.Generator().manual_seed(seed)
-    size = c.size//2 if step % 4 == 3 else c.size
-    if c.modality == 'video':
-        x, f = _clips(c.batch_size, seed, size//4, size, device)
+    seed = 10_000_019 * (c.seed + 1) + step
+    g = torch.Generator().manual_seed(seed)
+    size = c.size // 2 if step % 4 == 3 else c.size
+    if c.modality == "video":
+        x, f = _clips(c.batch_size, seed, size // 4, size, device)
         return x, f, *_on_screen(f, torch.linspace(0, 1, 4, device=device)), g
-    x, f = _clips(c.batch_size, seed, 3, size, device); rows, k = torch.arange(len(x)), torch.randint(3, (len(x),), generator=g)
+    x, f = _clips(c.batch_size, seed, 3, size, device)
+    rows, k = torch.arange(len(x)), torch.randint(3, (len(x),), generator=g)
     centre, radius = _on_screen(f, torch.linspace(0, 1, 3, device=device))
     return x[rows, :, k][:, :, None], f, centre[rows, k][:, None], radius[rows, k][:, None], g
 
 # %% ../nbs/05_foundation_models.ipynb #kept
 def _kept(batch, grid, keep, g):
     "Random patches to look at, equally many at each time, (B, K)."
-    places = grid[1]*grid[2]
-    rows = torch.rand(batch, grid[0], places, generator=g).argsort(-1)[..., :round(keep*places)].sort(-1).values
-    return (rows + places*torch.arange(grid[0])[:, None]).flatten(1)
+    places = grid[1] * grid[2]
+    rows = (
+        torch.rand(batch, grid[0], places, generator=g)
+        .argsort(-1)[..., : round(keep * places)]
+        .sort(-1)
+        .values
+    )
+    return (rows + places * torch.arange(grid[0])[:, None]).flatten(1)
 
-def _take(x, rows): return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
+
+def _take(x, rows):
+    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
 
 # %% ../nbs/05_foundation_models.ipynb #factor-loss
 class _FactorLoss(nn.Module):
     "Questions about the factors of a clip, and its patches."
+
     def __init__(self, teacher, keep):
-        super().__init__(); d, m = teacher.dim, teacher.modality; self.keep, self.teacher = keep, teacher
+        super().__init__()
+        d, m = teacher.dim, teacher.modality
+        self.keep, self.teacher = keep, teacher
         classes, numbers = _questions(sample_factors(2, 0), m)
         self.classes = nn.ModuleDict({k: nn.Linear(d, _CLASSES[k]) for k in classes})
         self.numbers, self.place = nn.Linear(d, numbers.shape[1]), nn.Linear(d, 3)
-        self.local = nn.ModuleDict({k: nn.Linear(d, _CLASSES[k]) for k in ('shape', 'texture') if m == 'image'})
-        self.redraw = nn.Linear(d, 3*teacher.tubelet*64)
+        self.local = nn.ModuleDict(
+            {k: nn.Linear(d, _CLASSES[k]) for k in ("shape", "texture") if m == "image"}
+        )
+        self.redraw = nn.Linear(d, 3 * teacher.tubelet * 64)
 
-    def on_object(self, z, centre, radius, classes): # every token on the object answers
-        side = self.teacher.grid[1]; p = (torch.arange(side, device=z.device) + .5)*2/side - 1
-        at = torch.stack([p.repeat(side), p.repeat_interleave(side)], -1); inside = ((at - centre).norm(dim=-1) < radius).float()
+    def on_object(self, z, centre, radius, classes):  # every token on the object answers
+        side = self.teacher.grid[1]
+        p = (torch.arange(side, device=z.device) + 0.5) * 2 / side - 1
+        at = torch.stack([p.repeat(side), p.repeat_interleave(side)], -1)
+        inside = ((at - centre).norm(dim=-1) < radius).float()
         for k, head in self.local.items():
-            wrong = F.cross_entropy(head(z).float().movedim(-1, 1), classes[k][:, None].expand(-1, z.shape[1]), reduction='none')
-            yield f'local {k}', (wrong*inside).sum()/inside.sum().clamp(min=1)
+            wrong = F.cross_entropy(
+                head(z).float().movedim(-1, 1),
+                classes[k][:, None].expand(-1, z.shape[1]),
+                reduction="none",
+            )
+            yield f"local {k}", (wrong * inside).sum() / inside.sum().clamp(min=1)
 
     def forward(self, x, f, centre, radius, g):
-        t = self.teacher; tokens, patches = t.tokens(x), patchify(x, t.tubelet, 8)
-        if self.keep < 1: tokens, patches = (_take(v, _kept(len(x), t.grid, self.keep, g).to(x.device)) for v in (tokens, patches))
-        z = t.transformer(tokens).float(); pooled = z.mean(1); classes, numbers = _questions(f, t.modality)
+        t = self.teacher
+        tokens, patches = t.tokens(x), patchify(x, t.tubelet, 8)
+        if self.keep < 1:
+            tokens, patches = (
+                _take(v, _kept(len(x), t.grid, self.keep, g).to(x.device))
+                for v in (tokens, patches)
+            )
+        z = t.transformer(tokens).float()
+        pooled = z.mean(1)
+        classes, numbers = _questions(f, t.modality)
         answers = {k: head(pooled).float() for k, head in self.classes.items()}
         terms = {k: F.cross_entropy(answers[k], y) for k, y in classes.items()}
-        terms['numbers'] = 2*F.mse_loss(self.numbers(pooled).float(), numbers)
-        terms['place'] = 2*F.mse_loss(self.place(z.unflatten(1, (t.grid[0], -1)).mean(2)).float(), torch.cat([centre, radius[..., None]], -1))
-        if self.local: terms |= dict(self.on_object(z, centre, radius, classes))
-        terms['redraw'] = F.mse_loss(self.redraw(z).float(), patches)
-        right = {f'{k} right': (answers[k].argmax(1) == y).float().mean() for k, y in classes.items()}
+        terms["numbers"] = 2 * F.mse_loss(self.numbers(pooled).float(), numbers)
+        terms["place"] = 2 * F.mse_loss(
+            self.place(z.unflatten(1, (t.grid[0], -1)).mean(2)).float(),
+            torch.cat([centre, radius[..., None]], -1),
+        )
+        if self.local:
+            terms |= dict(self.on_object(z, centre, radius, classes))
+        terms["redraw"] = F.mse_loss(self.redraw(z).float(), patches)
+        right = {
+            f"{k} right": (answers[k].argmax(1) == y).float().mean() for k, y in classes.items()
+        }
         return sum(terms.values()), {k: v.item() for k, v in (terms | right).items()}
 
 # %% ../nbs/05_foundation_models.ipynb #masked-loss
 class _MaskedLoss(nn.Module):
     "Redraw hidden patches from the others."
+
     def __init__(self, teacher, keep, dim=96):
-        super().__init__(); self.teacher, self.keep = teacher, keep
+        super().__init__()
+        self.teacher, self.keep = teacher, keep
         self.bridge, self.blank = nn.Linear(teacher.dim, dim), nn.Parameter(torch.zeros(dim))
-        self.positions = nn.Parameter(gaussian_positions(teacher.grid, dim, torch.Generator().manual_seed(1)))
-        self.decoder, self.out = Transformer(dim, 2, 4), nn.Linear(dim, 3*teacher.tubelet*64)
+        self.positions = nn.Parameter(
+            gaussian_positions(teacher.grid, dim, torch.Generator().manual_seed(1))
+        )
+        self.decoder, self.out = Transformer(dim, 2, 4), nn.Linear(dim, 3 * teacher.tubelet * 64)
 
     def forward(self, x, f, centre, radius, g):
-        t = self.teacher; patches = patchify(x, t.tubelet, 8); rows = _kept(len(x), t.grid, self.keep, g).to(x.device)
-        seen = torch.zeros(*patches.shape[:2], 1, device=x.device).scatter_(1, rows[..., None], 1.)
-        if t.modality == 'image': x = x*F.interpolate(seen.view(len(x), 1, *t.grid), scale_factor=(1, 8, 8))
+        t = self.teacher
+        patches = patchify(x, t.tubelet, 8)
+        rows = _kept(len(x), t.grid, self.keep, g).to(x.device)
+        seen = torch.zeros(*patches.shape[:2], 1, device=x.device).scatter_(1, rows[..., None], 1.0)
+        if t.modality == "image":
+            x = x * F.interpolate(seen.view(len(x), 1, *t.grid), scale_factor=(1, 8, 8))
         z = self.bridge(t.transformer(_take(t.tokens(x), rows)))
-        full = self.blank.expand(*patches.shape[:2], -1).to(z.dtype).scatter(1, rows[..., None].expand(-1, -1, z.shape[-1]), z)
+        full = (
+            self.blank.expand(*patches.shape[:2], -1)
+            .to(z.dtype)
+            .scatter(1, rows[..., None].expand(-1, -1, z.shape[-1]), z)
+        )
         guess = self.out(self.decoder(full + self.positions)).float()
-        goal = (patches - patches.mean(-1, keepdim=True))/(patches.std(-1, keepdim=True) + .05)
-        loss = ((guess - goal).pow(2).mean(-1, keepdim=True)*(1 - seen)).sum()/(1 - seen).sum()
+        goal = (patches - patches.mean(-1, keepdim=True)) / (patches.std(-1, keepdim=True) + 0.05)
+        loss = ((guess - goal).pow(2).mean(-1, keepdim=True) * (1 - seen)).sum() / (1 - seen).sum()
         return loss, dict(masked=loss.item())
 
 # %% ../nbs/05_foundation_models.ipynb #train-state
 def _optimizers(config, objective):
     "Muon for matrices in the blocks, AdamW for the rest."
-    matrices = [p for n, p in objective.named_parameters() if '.blocks.' in n and p.ndim == 2]; chosen = {id(p) for p in matrices}
+    matrices = [p for n, p in objective.named_parameters() if ".blocks." in n and p.ndim == 2]
+    chosen = {id(p) for p in matrices}
     rest = [p for p in objective.parameters() if id(p) not in chosen]
-    return torch.optim.AdamW(rest, lr=config.lr, betas=(.9, .98), weight_decay=.01), torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=0.)
+    return torch.optim.AdamW(
+        rest, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01
+    ), torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=0.0)
 
 # %% ../nbs/05_foundation_models.ipynb #resume
 def _resume(run, config, objective, optimizers):
     "Restore this run's last checkpoint, if there is one; returns the step to go on from."
-    file = run.path/'checkpoint.safetensors'
-    if not file.exists(): write_atomic(run.path/'log.jsonl', ''); return 0
+    file = run.path / "checkpoint.safetensors"
+    if not file.exists():
+        write_atomic(run.path / "log.jsonl", "")
+        return 0
     state = load_checkpoint(file)
-    differ = [k for k, v in state['config'].items() if getattr(config, k) != v]
-    if differ: raise InputError(f'{run.path} holds a run with another {", ".join(differ)}; choose another --out or delete it')
-    objective.load_state_dict(state['objective'])
-    for o, saved in zip(optimizers, state['optimizers']): o.load_state_dict(saved)
-    write_atomic(run.path/'log.jsonl', ''.join(json.dumps(l) + '\n' for l in run.history(before=state['step'])))
-    return state['step']
+    differ = [k for k, v in state["config"].items() if getattr(config, k) != v]
+    if differ:
+        raise InputError(
+            f"{run.path} holds a run with another {', '.join(differ)}; choose another --out or delete it"
+        )
+    objective.load_state_dict(state["objective"])
+    for o, saved in zip(optimizers, state["optimizers"]):
+        o.load_state_dict(saved)
+    write_atomic(
+        run.path / "log.jsonl",
+        "".join(json.dumps(l) + "\n" for l in run.history(before=state["step"])),
+    )
+    return state["step"]
 
 # %% ../nbs/05_foundation_models.ipynb #rate
-def _rate(step, steps): return min(1, (step + 1)/(.04*steps))*(.01 + .99*.5*(1 + math.cos(math.pi*step/steps))) # warm-up, cosine to 1 %
+def _rate(step, steps):
+    return min(1, (step + 1) / (0.04 * steps)) * (
+        0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps))
+    )  # warm-up, cosine to 1 %
 
 # %% ../nbs/05_foundation_models.ipynb #train
-def train_teacher(config:TeacherConfig, # what to train
-                  out:str|Path, # run folder; the teacher lands in out/teacher
-                  stop_after:int|None=None # leave after this many steps, to be resumed
-                 ) -> PocketTeacher: # frozen, on the CPU
+def train_teacher(
+    config: TeacherConfig,  # what to train
+    out: str | Path,  # run folder; the teacher lands in out/teacher
+    stop_after: int | None = None,  # leave after this many steps, to be resumed
+) -> PocketTeacher:  # frozen, on the CPU
     "Train a pocket teacher, or go on where the run folder's last checkpoint ends."
-    c, run = config, RunFolder(out); seed_everything(c.seed); device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    teacher = load_model(PocketTeacher, c.init).train() if c.init else PocketTeacher(c.modality, c.dim, c.depth, c.heads, c.size)
+    c, run = config, RunFolder(out)
+    seed_everything(c.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    teacher = (
+        load_model(PocketTeacher, c.init).train()
+        if c.init
+        else PocketTeacher(c.modality, c.dim, c.depth, c.heads, c.size)
+    )
     teacher = teacher.to(memory_format=torch.channels_last)
-    objective = dict(factors=_FactorLoss, masked=_MaskedLoss)[c.objective](teacher, c.keep).to(device)
-    optimizers = _optimizers(c, objective); start = _resume(run, c, objective, optimizers); run = RunFolder(out, c)
+    objective = dict(factors=_FactorLoss, masked=_MaskedLoss)[c.objective](teacher, c.keep).to(
+        device
+    )
+    optimizers = _optimizers(c, objective)
+    start = _resume(run, c, objective, optimizers)
+    run = RunFolder(out, c)
     sums, clock, mean, std = {}, time.time(), _MEAN[0], _STD[0]
-    for step in tqdm(range(start, min(c.steps, stop_after or c.steps)), initial=start, total=c.steps, desc=f'{c.modality} teacher', unit='step'):
-        for o, lr in zip(optimizers, (c.lr, c.muon_lr)): o.param_groups[0]['lr'] = lr*_rate(step, c.steps)
-        if step >= .75*c.steps and c.objective == 'factors': objective.keep = 1.
+    for step in tqdm(
+        range(start, min(c.steps, stop_after or c.steps)),
+        initial=start,
+        total=c.steps,
+        desc=f"{c.modality} teacher",
+        unit="step",
+    ):
+        for o, lr in zip(optimizers, (c.lr, c.muon_lr)):
+            o.param_groups[0]["lr"] = lr * _rate(step, c.steps)
+        if step >= 0.75 * c.steps and c.objective == "factors":
+            objective.keep = 1.0
         x, *rest = _batch(c, step, device)
-        with torch.autocast(device, torch.bfloat16, enabled=use_bf16('auto')): loss, terms = objective((_fit(x, teacher.frames, c.size) - mean)/std, *rest)
-        for o in optimizers: o.zero_grad()
-        loss.backward(); nn.utils.clip_grad_norm_(objective.parameters(), 1.)
-        for o in optimizers: o.step()
-        for k, v in terms.items(): sums[k] = sums.get(k, 0) + v/c.log_every
+        with torch.autocast(device, torch.bfloat16, enabled=use_bf16("auto")):
+            loss, terms = objective((_fit(x, teacher.frames, c.size) - mean) / std, *rest)
+        for o in optimizers:
+            o.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+        for o in optimizers:
+            o.step()
+        for k, v in terms.items():
+            sums[k] = sums.get(k, 0) + v / c.log_every
         if (step + 1) % c.log_every == 0:
-            run.log(step=step + 1, **{k: round(v, 4) for k, v in sums.items()}, seconds=round(time.time() - clock, 1)); sums, clock = {}, time.time()
+            run.log(
+                step=step + 1,
+                **{k: round(v, 4) for k, v in sums.items()},
+                seconds=round(time.time() - clock, 1),
+            )
+            sums, clock = {}, time.time()
         if (step + 1) % c.save_every == 0:
-            save_checkpoint(run.path/'checkpoint.safetensors', dict(step=step + 1, config=vars(c), objective=objective.state_dict(), optimizers=[o.state_dict() for o in optimizers]))
-    teacher.cpu().half().save_pretrained(run.path/'teacher'); return teacher.float().eval().requires_grad_(False)
+            save_checkpoint(
+                run.path / "checkpoint.safetensors",
+                dict(
+                    step=step + 1,
+                    config=vars(c),
+                    objective=objective.state_dict(),
+                    optimizers=[o.state_dict() for o in optimizers],
+                ),
+            )
+    teacher.cpu().half().save_pretrained(run.path / "teacher")
+    return teacher.float().eval().requires_grad_(False)
 
 # %% ../nbs/05_foundation_models.ipynb #probe
-HIDDEN = 'Translate SpinLeft SpinRight Grow Shrink Pan Zoom'.split() # motions that the middle frame does not show
+HIDDEN = [
+    "Translate",
+    "SpinLeft",
+    "SpinRight",
+    "Grow",
+    "Shrink",
+    "Pan",
+    "Zoom",
+]  # motions that the middle frame does not show
+
 
 @torch.no_grad()
-def pooled_tokens(teacher:Teacher, factors:Factors, # n clips
-                  num_frames:int=16, size:int=64, # as the tokenizer would see them
-                  when:float=.5 # for an image teacher: which frame, 0 the first, .5 the middle one, 1 the last; nothing between
-                 ) -> torch.Tensor: # (n, dim)
+def pooled_tokens(
+    teacher: Teacher,
+    factors: Factors,  # n clips
+    num_frames: int = 16,
+    size: int = 64,  # as the tokenizer would see them
+    when: float = 0.5,  # for an image teacher: which frame, 0 the first, .5 the middle one, 1 the last; nothing between
+) -> torch.Tensor:  # (n, dim)
     "Mean of a teacher's tokens for rendered clips."
-    if when not in (0, .5, 1): raise InputError(f'when is 0, .5 or 1 (first, middle, last frame), got {when}')
-    image, out = teacher.modality == 'image', []
+    if when not in (0, 0.5, 1):
+        raise InputError(f"when is 0, .5 or 1 (first, middle, last frame), got {when}")
+    image, out = teacher.modality == "image", []
     for rows in torch.arange(len(factors)).split(100):
         video = render(factors[rows], 3 if image else num_frames, size)
-        out.append(teacher(video[:, :, round(2*when):] if image else video).mean(1))
+        out.append(teacher(video[:, :, round(2 * when) :] if image else video).mean(1))
     return torch.cat(out)
 
 # %% ../nbs/05_foundation_models.ipynb #factor-probes
-def factor_probes(teacher:Teacher, level:str='plain', # of `sample_factors`
-                  n:int=2400, # clips, three quarters of them for training the probes
-                  seed:int=77, **look) -> dict: # accuracy of linear probes on held-out clips; `look` as in `pooled_tokens`
+def factor_probes(
+    teacher: Teacher,
+    level: str = "plain",  # of `sample_factors`
+    n: int = 2400,  # clips, three quarters of them for training the probes
+    seed: int = 77,
+    **look,
+) -> dict:  # accuracy of linear probes on held-out clips; `look` as in `pooled_tokens`
     "What a teacher's mean token tells about shape, texture and motion."
     from dera.metrics import linear_probe
-    f = sample_factors(n, seed, level); x, cut = pooled_tokens(teacher, f, **look), 3*n//4
-    ask = lambda x, y: linear_probe(x[:cut*len(x)//n], y[:cut*len(x)//n], x[cut*len(x)//n:], y[cut*len(x)//n:])['test']
+
+    f = sample_factors(n, seed, level)
+    x, cut = pooled_tokens(teacher, f, **look), 3 * n // 4
+    ask = lambda x, y: linear_probe(
+        x[: cut * len(x) // n],
+        y[: cut * len(x) // n],
+        x[cut * len(x) // n :],
+        y[cut * len(x) // n :],
+    )["test"]
     hidden = torch.isin(f.motion, torch.tensor([MOTIONS.index(m) for m in HIDDEN]))
-    out = dict(shape=ask(x, f.shape), motion=ask(x, f.motion), hidden_motion=ask(x[hidden], f.motion[hidden]))
+    out = dict(
+        shape=ask(x, f.shape),
+        motion=ask(x, f.motion),
+        hidden_motion=ask(x[hidden], f.motion[hidden]),
+    )
     return out | (dict(texture=ask(x, f.texture)) if len(f.texture.unique()) > 1 else {})

@@ -7,566 +7,1097 @@ __all__ = ['TIMES', 'fingerprint', 'mirror_labels', 'tokenize_dataset', 'load_to
            'train_generator', 'train_from_videos', 'main']
 
 # %% ../nbs/12_ar_training.ipynb #imports
-import functools, hashlib, json, math, os, shutil, signal, sys, time
+import functools
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np, torch, torch.nn.functional as F
+import numpy as np
+import torch
+import torch.nn.functional as F
 from accelerate.utils import is_tensorboard_available, is_wandb_available
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+
 from .ar import Generator, GeneratorConfig, frame_prefix
 from .data import Manifest, VideoClips
 from .metrics import load_tokenizer
-from .train_tokenizer import _settle, _shot, _Meter, _Saved, _accelerator, _asked, _clips, _signals, _together, _update
-from .utils import InputError, RunFolder, animation, autocast, load_checkpoint, save_checkpoint, write_atomic
+from .runtime.checkpoints import load_checkpoint, save_checkpoint
+from .runtime.devices import autocast
+from .runtime.errors import InputError
+from .runtime.pictures import animation
+from .runtime.run_folder import RunFolder, write_atomic
+from dera.train_tokenizer import (
+    _accelerator,
+    _asked,
+    _clips,
+    _Meter,
+    _Saved,
+    _settle,
+    _shot,
+    _signals,
+    _together,
+    _update,
+)
 
 # %% ../nbs/12_ar_training.ipynb #fingerprint
-def fingerprint(model:torch.nn.Module) -> str: # 64 hexadecimal digits
+def fingerprint(model: torch.nn.Module) -> str:  # 64 hexadecimal digits
     "SHA-256 over a state dict."
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        digest.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(
+            value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 # %% ../nbs/12_ar_training.ipynb #mirror
-def mirror_labels(classes:list # class names
-                 ) -> list: # the class of each one's mirrored clips
+def mirror_labels(
+    classes: list,  # class names
+) -> list:  # the class of each one's mirrored clips
     "The class a clip belongs to after mirroring."
-    swap = lambda name: name.replace('Left', '\0').replace('Right', 'Left').replace('\0', 'Right')
+    swap = lambda name: name.replace("Left", "\0").replace("Right", "Left").replace("\0", "Right")
     place = {name: i for i, name in enumerate(classes)}
     return [place.get(swap(name), i) for i, name in enumerate(classes)]
 
 # %% ../nbs/12_ar_training.ipynb #describe
-_TOKENS = 2 # version of the token file
+_TOKENS = 2  # version of the token file
+
 
 def _describe(tokenizer, dataset, flips, mirror, condition_frames, windows):
     "What a token file must agree with to be used again."
-    source = [list(map(str, getattr(dataset, k, []))) for k in ('paths', 'labels')]
-    options = {k: getattr(dataset, k, None) for k in ('sampling', 'num_frames', 'size', 'seed')}
-    about = dict(format=_TOKENS, fingerprint=fingerprint(tokenizer), count=len(dataset), source=hashlib.sha256(json.dumps(source).encode()).hexdigest(),
-                 **options, flips=flips, mirror=mirror, condition_frames=condition_frames, windows=windows)
+    source = [list(map(str, getattr(dataset, k, []))) for k in ("paths", "labels")]
+    options = {k: getattr(dataset, k, None) for k in ("sampling", "num_frames", "size", "seed")}
+    about = dict(
+        format=_TOKENS,
+        fingerprint=fingerprint(tokenizer),
+        count=len(dataset),
+        source=hashlib.sha256(json.dumps(source).encode()).hexdigest(),
+        **options,
+        flips=flips,
+        mirror=mirror,
+        condition_frames=condition_frames,
+        windows=windows,
+    )
     return json.loads(json.dumps(about))
+
 
 def _described(path):
     "The JSON beside a token file, or nothing."
-    file = Path(path).with_suffix('.json')
+    file = Path(path).with_suffix(".json")
     return json.loads(file.read_text()) if file.exists() and Path(path).exists() else {}
 
 # %% ../nbs/12_ar_training.ipynb #encode-rows
 def _rows(tokenizer, video, flips, condition_frames):
     "Token rows of a batch, (B, views, [prefix +] L)."
     rows = []
-    for view in [video, video.flip(-1)][:1 + flips]:
-        known = [frame_prefix(tokenizer, view[:, :, :condition_frames], view.shape[2])] if condition_frames else []
+    for view in [video, video.flip(-1)][: 1 + flips]:
+        known = (
+            [frame_prefix(tokenizer, view[:, :, :condition_frames], view.shape[2])]
+            if condition_frames
+            else []
+        )
         rows.append(torch.cat([*known, tokenizer.encode(view).indices], 1))
     rows = torch.stack(rows, 1).cpu().numpy()
-    if rows.max() > 65535: raise InputError(f'code {rows.max()} does not fit into the 16 bits of a token file; use a codebook of at most 65536')
+    if rows.max() > 65535:
+        raise InputError(
+            f"code {rows.max()} does not fit into the 16 bits of a token file; use a codebook of at most 65536"
+        )
     return rows
 
 # %% ../nbs/12_ar_training.ipynb #part
-_OPEN = -2**31 # label of what is not written yet
+_OPEN = -(2**31)  # label of what is not written yet
+
 
 def _map(file, mode):
     "Tokens (clips, views, L) and labels (clips, views) of a token file, on disk."
     tokens = np.lib.format.open_memmap(file, mode)
     return tokens, np.memmap(file, np.int32, mode, tokens.offset + tokens.nbytes, tokens.shape[:2])
 
+
 def _new_part(part, about, shape):
     "A token file with nothing written, and all the room it will need."
-    size, free = 2*math.prod(shape) + 4*shape[0]*shape[1], shutil.disk_usage(part.parent).free
+    size, free = 2 * math.prod(shape) + 4 * shape[0] * shape[1], shutil.disk_usage(part.parent).free
     try:
-        if free < size: raise OSError(28, f'{free/1e6:.0f} MB are free')
-        tokens = np.lib.format.open_memmap(part, 'w+', np.uint16, shape); start = tokens.offset + tokens.nbytes; del tokens
-        with open(part, 'r+b') as f: f.truncate(start + 4*shape[0]*shape[1]); getattr(os, 'posix_fallocate', lambda *_: None)(f.fileno(), 0, size)
-    except OSError as e: raise InputError(f'no room for {size/1e6:.0f} MB of tokens in {part.parent} ({e.strerror}); make room, or take fewer windows') from None
-    _map(part, 'r+')[1][:] = _OPEN; write_atomic(part.with_suffix('.part.json'), json.dumps(about))
+        if free < size:
+            raise OSError(28, f"{free / 1e6:.0f} MB are free")
+        tokens = np.lib.format.open_memmap(part, "w+", np.uint16, shape)
+        start = tokens.offset + tokens.nbytes
+        del tokens
+        with open(part, "r+b") as f:
+            f.truncate(start + 4 * shape[0] * shape[1])
+            getattr(os, "posix_fallocate", lambda *_: None)(f.fileno(), 0, size)
+    except OSError as e:
+        raise InputError(
+            f"no room for {size / 1e6:.0f} MB of tokens in {part.parent} ({e.strerror}); make room, or take fewer windows"
+        ) from None
+    _map(part, "r+")[1][:] = _OPEN
+    write_atomic(part.with_suffix(".part.json"), json.dumps(about))
 
-def _give_up(part): [part.with_suffix(end).unlink(missing_ok=True) for end in ('.part.json', '.part.bad', '.part')]
+
+def _give_up(part):
+    [part.with_suffix(end).unlink(missing_ok=True) for end in (".part.json", ".part.bad", ".part")]
+
 
 def _begin_part(part, about, tokenizer, dataset, device):
     "Find the part of this call, or begin one."
-    file = part.with_suffix('.part.json'); found = json.loads(file.read_text()) if file.exists() and part.exists() else None
-    for old in part.with_suffix('.json'), part.with_suffix('.npy'): old.unlink(missing_ok=True)
-    if found == about: return
-    _give_up(part); length = _rows(tokenizer, dataset[0]['video'][None].to(device), False, about['condition_frames']).shape[-1]
-    _new_part(part, about, (len(dataset), about['windows']*(1 + about['flips']), length))
+    file = part.with_suffix(".part.json")
+    found = json.loads(file.read_text()) if file.exists() and part.exists() else None
+    for old in part.with_suffix(".json"), part.with_suffix(".npy"):
+        old.unlink(missing_ok=True)
+    if found == about:
+        return
+    _give_up(part)
+    length = _rows(
+        tokenizer, dataset[0]["video"][None].to(device), False, about["condition_frames"]
+    ).shape[-1]
+    _new_part(part, about, (len(dataset), about["windows"] * (1 + about["flips"]), length))
 
 # %% ../nbs/12_ar_training.ipynb #bad-files
 class _Bad:
     "Keeps the unreadable files of a `VideoClips` in a list on disk, through kills."
+
     def __init__(self, dataset, file):
         self.dataset, self.file, self.known = dataset, file, set()
-        if not hasattr(dataset, '_bad') or not file.exists(): return
+        if not hasattr(dataset, "_bad") or not file.exists():
+            return
         self.known = set(file.read_text().splitlines()) & set(dataset.paths)
         for f, path in zip(dataset._first, dataset.paths):
-            if path in self.known: dataset._bad[f] = True
+            if path in self.known:
+                dataset._bad[f] = True
+
     def note(self):
-        fresh = sorted({*getattr(self.dataset, 'bad', ())} - self.known); self.known.update(fresh)
+        fresh = sorted({*getattr(self.dataset, "bad", ())} - self.known)
+        self.known.update(fresh)
         if fresh:
-            with open(self.file, 'a') as f: f.write(''.join(f'{path}\n' for path in fresh))
+            with open(self.file, "a") as f:
+                f.write("".join(f"{path}\n" for path in fresh))
 
 # %% ../nbs/12_ar_training.ipynb #batches
 def _epoch(dataset, epoch, accelerator):
     "Draw other windows; stop where too many files are bad."
-    if hasattr(dataset, '_bad') and accelerator.num_processes > 1: # all stop, or none
+    if hasattr(dataset, "_bad") and accelerator.num_processes > 1:  # all stop, or none
         dataset._bad.copy_(accelerator.reduce(dataset._bad.int().to(accelerator.device)).cpu() > 0)
-    if hasattr(dataset, 'set_epoch'): dataset.set_epoch(epoch)
+    if hasattr(dataset, "set_epoch"):
+        dataset.set_epoch(epoch)
+
 
 def _open_batches(labels, views, batch_size):
     "For every window, the numbers of the batches that are not written yet."
     blank = np.add.reduceat(labels == _OPEN, np.arange(0, len(labels), batch_size))
-    return [np.flatnonzero(blank[:, w:w + views].any(1)).tolist() for w in range(0, labels.shape[1], views)]
+    return [
+        np.flatnonzero(blank[:, w : w + views].any(1)).tolist()
+        for w in range(0, labels.shape[1], views)
+    ]
+
 
 def _batches(dataset, todo, batch_size, workers, accelerator):
     "(window, number, batch) of this process's open batches; number and batch None where the others have one more."
     n, rank = accelerator.num_processes, accelerator.process_index
     for window, numbers in enumerate(todo):
-        _epoch(dataset, window, accelerator); mine, rounds = numbers[rank::n], math.ceil(len(numbers)/n)
-        blocks = [list(range(k*batch_size, min((k + 1)*batch_size, len(dataset)))) for k in mine]
-        for number, batch in zip(mine, DataLoader(dataset, batch_sampler=blocks, num_workers=workers)): yield window, number, batch
-        if len(mine) < rounds: yield window, None, None
+        _epoch(dataset, window, accelerator)
+        mine, rounds = numbers[rank::n], math.ceil(len(numbers) / n)
+        blocks = [
+            list(range(k * batch_size, min((k + 1) * batch_size, len(dataset)))) for k in mine
+        ]
+        for number, batch in zip(
+            mine, DataLoader(dataset, batch_sampler=blocks, num_workers=workers)
+        ):
+            yield window, number, batch
+        if len(mine) < rounds:
+            yield window, None, None
     _epoch(dataset, 0, accelerator)
 
 # %% ../nbs/12_ar_training.ipynb #tokenise
 @torch.inference_mode()
-def tokenize_dataset(tokenizer:torch.nn.Module, # `.encode(video).indices` (B, L)
-                     dataset, # yields dicts of `video` (3, T, H, W) and `label`; `set_epoch`, where there is one, draws other windows
-                     path:str|Path, # the .npy file to write; a .json goes beside it
-                     batch_size:int=32,
-                     flips:bool=True, # also the mirrored clip
-                     mirror:list|None=None, # of `mirror_labels`; default: mirroring keeps the class
-                     condition_frames:int=0, # for frame prediction: how many frames are known
-                     progress=tqdm, # a tqdm-like wrapper
-                     windows:int=1, # clips of every video
-                     workers:int=0, # processes that decode
-                     timeout:int=60 # seconds that processes wait for each other
-                    ):
+def tokenize_dataset(
+    tokenizer: torch.nn.Module,  # `.encode(video).indices` (B, L)
+    dataset,  # yields dicts of `video` (3, T, H, W) and `label`; `set_epoch`, where there is one, draws other windows
+    path: str | Path,  # the .npy file to write; a .json goes beside it
+    batch_size: int = 32,
+    flips: bool = True,  # also the mirrored clip
+    mirror: list | None = None,  # of `mirror_labels`; default: mirroring keeps the class
+    condition_frames: int = 0,  # for frame prediction: how many frames are known
+    progress=tqdm,  # a tqdm-like wrapper
+    windows: int = 1,  # clips of every video
+    workers: int = 0,  # processes that decode
+    timeout: int = 60,  # seconds that processes wait for each other
+):
     "Write the tokens of a dataset to a file, go on where the same call was stopped, or leave alone what is done."
-    path, about = Path(path), _describe(tokenizer, dataset, flips, mirror, condition_frames, windows)
-    if about == _described(path): return
-    if not len(dataset): raise InputError(f'no clips to write into {path}; check the data folder and its split')
-    path.parent.mkdir(parents=True, exist_ok=True); part, views = path.with_suffix('.part'), 1 + flips
-    device, accelerator = next(iter(tokenizer.eval().state_dict().values())).device, _accelerator(SimpleNamespace(tracker='', timeout=timeout), path.parent)
+    path, about = (
+        Path(path),
+        _describe(tokenizer, dataset, flips, mirror, condition_frames, windows),
+    )
+    if about == _described(path):
+        return
+    if not len(dataset):
+        raise InputError(f"no clips to write into {path}; check the data folder and its split")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, views = path.with_suffix(".part"), 1 + flips
+    device, accelerator = (
+        next(iter(tokenizer.eval().state_dict().values())).device,
+        _accelerator(SimpleNamespace(tracker="", timeout=timeout), path.parent),
+    )
     with _signals() as asked, _together(accelerator, SimpleNamespace(path=path.parent)):
-        if accelerator.is_main_process: _begin_part(part, about | dict(batch_size=batch_size), tokenizer, dataset, device)
-        accelerator.wait_for_everyone(); tokens, labels = _map(part, 'r+'); todo, bad = _open_batches(labels, views, batch_size), _Bad(dataset, part.with_suffix('.part.bad'))
-        total, left, n = windows*math.ceil(len(dataset)/batch_size), sum(map(len, todo)), accelerator.num_processes; accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _begin_part(part, about | dict(batch_size=batch_size), tokenizer, dataset, device)
+        accelerator.wait_for_everyone()
+        tokens, labels = _map(part, "r+")
+        todo, bad = (
+            _open_batches(labels, views, batch_size),
+            _Bad(dataset, part.with_suffix(".part.bad")),
+        )
+        total, left, n = (
+            windows * math.ceil(len(dataset) / batch_size),
+            sum(map(len, todo)),
+            accelerator.num_processes,
+        )
+        accelerator.wait_for_everyone()
         try:
-            for window, number, batch in progress(_batches(dataset, todo, batch_size, workers, accelerator), desc='tokenising', unit='batch',
-                                                  total=math.ceil(total/n), initial=(total - left)//n, disable=not accelerator.is_main_process):
+            for window, number, batch in progress(
+                _batches(dataset, todo, batch_size, workers, accelerator),
+                desc="tokenising",
+                unit="batch",
+                total=math.ceil(total / n),
+                initial=(total - left) // n,
+                disable=not accelerator.is_main_process,
+            ):
                 bad.note()
-                if batch is not None: _write(tokens, labels, number*batch_size, window*views, _rows(tokenizer, batch['video'].to(device), flips, condition_frames), batch['label'], mirror)
-                if stopped := _asked(asked, accelerator): _go(stopped, accelerator.is_main_process, f'stopped while tokenising; the same command goes on from {part}')
+                if batch is not None:
+                    _write(
+                        tokens,
+                        labels,
+                        number * batch_size,
+                        window * views,
+                        _rows(tokenizer, batch["video"].to(device), flips, condition_frames),
+                        batch["label"],
+                        mirror,
+                    )
+                if stopped := _asked(asked, accelerator):
+                    _go(
+                        stopped,
+                        accelerator.is_main_process,
+                        f"stopped while tokenising; the same command goes on from {part}",
+                    )
         except InputError:
-            if getattr(dataset, 'replace_bad', False): _give_up(part)
+            if getattr(dataset, "replace_bad", False):
+                _give_up(part)
             raise
         except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as e:
-            if not workers or not _shot(e): raise
+            if not workers or not _shot(e):
+                raise
             _settle(e)
-            raise InputError(f'a process that decodes was killed ({(str(e) or type(e).__name__).splitlines()[0]}); often memory is short: lower --workers; the same command goes on from {part}') from None
+            raise InputError(
+                f"a process that decodes was killed ({(str(e) or type(e).__name__).splitlines()[0]}); often memory is short: lower --workers; the same command goes on from {part}"
+            ) from None
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process: _finish(part, path, about)
+        if accelerator.is_main_process:
+            _finish(part, path, about)
         accelerator.wait_for_everyone()
 
 # %% ../nbs/12_ar_training.ipynb #finish
 def _write(tokens, labels, row, view, rows, classes, mirror):
     "Put a batch into its place: its labels last."
-    here = slice(row, row + len(rows)), slice(view, view + rows.shape[1]); tokens[here] = rows; tokens.flush()
-    labels[here] = [[l, mirror[l] if mirror and l >= 0 else l][:rows.shape[1]] for l in classes.tolist()]
+    here = slice(row, row + len(rows)), slice(view, view + rows.shape[1])
+    tokens[here] = rows
+    tokens.flush()
+    labels[here] = [
+        [l, mirror[l] if mirror and l >= 0 else l][: rows.shape[1]] for l in classes.tolist()
+    ]
+
 
 def _finish(part, path, about):
     "Give the file its name, once it and its description are whole."
-    with open(part, 'rb') as f: os.fsync(f.fileno())
-    write_atomic(path.with_suffix('.json'), json.dumps(about)); os.replace(part, path); _give_up(part)
+    with open(part, "rb") as f:
+        os.fsync(f.fileno())
+    write_atomic(path.with_suffix(".json"), json.dumps(about))
+    os.replace(part, path)
+    _give_up(part)
+
 
 def _go(number, main, said):
     "Leave as a signal asks: SIGTERM with exit code 0."
-    if main: print(said, file=sys.stderr)
+    if main:
+        print(said, file=sys.stderr)
     raise SystemExit(0) if number == signal.SIGTERM else KeyboardInterrupt
 
 # %% ../nbs/12_ar_training.ipynb #load
-def load_tokens(path:str|Path, # written by `tokenize_dataset`
-                fingerprint:str|None=None # of the tokenizer they must come from
-               ) -> tuple[np.ndarray, torch.Tensor]: # tokens (clips, views, L) on disk, labels (clips, views) int64
+def load_tokens(
+    path: str | Path,  # written by `tokenize_dataset`
+    fingerprint: str | None = None,  # of the tokenizer they must come from
+) -> tuple[
+    np.ndarray, torch.Tensor
+]:  # tokens (clips, views, L) on disk, labels (clips, views) int64
     "Open a token file without reading it; refuse one of another tokenizer."
     about = _described(path)
-    if not about: raise InputError(f'no complete token file at {path}; write it with tokenize_dataset')
-    if fingerprint and about['fingerprint'] != fingerprint:
-        raise InputError(f"{path} holds tokens of tokenizer {about['fingerprint'][:8]}, not of {fingerprint[:8]}; tokenise again")
-    if about.get('format') != _TOKENS: raise InputError(f'{path} was written by another version of dera; tokenise again')
-    tokens, labels = _map(path, 'r')
+    if not about:
+        raise InputError(f"no complete token file at {path}; write it with tokenize_dataset")
+    if fingerprint and about["fingerprint"] != fingerprint:
+        raise InputError(
+            f"{path} holds tokens of tokenizer {about['fingerprint'][:8]}, not of {fingerprint[:8]}; tokenise again"
+        )
+    if about.get("format") != _TOKENS:
+        raise InputError(f"{path} was written by another version of dera; tokenise again")
+    tokens, labels = _map(path, "r")
     return tokens, torch.from_numpy(labels.astype(np.int64))
 
 # %% ../nbs/12_ar_training.ipynb #presets
-_PAPER = dict(generator='632M', sampling='native', batch_size=64, lr=6e-4, betas=(.9, .95), weight_decay=.05, min_lr=.01, precision='bf16',
-              held_out=0., held_out_clips=1000, workers=8, log_every=100, val_every=5000, save_every=5000, sample_every=5000)
-_RUNS = {'tiny': dict(generator='tiny', steps=400, lr=3e-3, warmup=40),
-         'pocket': dict(generator='pocket', steps=4000, lr=1e-3, warmup=200, data='data/pocket'),
-         'paper-ucf101': dict(_PAPER, data='ucf101=data/UCF-101', epochs=3000, steps=3000*9537//64, warmup=4/3000, windows=8),
-         'paper-k600-fp': dict(_PAPER, data='k600=data/K600', epochs=75, steps=75*392_622//64, warmup=1/75, windows=2, condition_frames=5, guidance=1.)}
+_PAPER = dict(
+    generator="632M",
+    sampling="native",
+    batch_size=64,
+    lr=6e-4,
+    betas=(0.9, 0.95),
+    weight_decay=0.05,
+    min_lr=0.01,
+    precision="bf16",
+    held_out=0.0,
+    held_out_clips=1000,
+    workers=8,
+    log_every=100,
+    val_every=5000,
+    save_every=5000,
+    sample_every=5000,
+)
+_RUNS = {
+    "tiny": dict(generator="tiny", steps=400, lr=3e-3, warmup=40),
+    "pocket": dict(generator="pocket", steps=4000, lr=1e-3, warmup=200, data="data/pocket"),
+    "paper-ucf101": dict(
+        _PAPER,
+        data="ucf101=data/UCF-101",
+        epochs=3000,
+        steps=3000 * 9537 // 64,
+        warmup=4 / 3000,
+        windows=8,
+    ),
+    "paper-k600-fp": dict(
+        _PAPER,
+        data="k600=data/K600",
+        epochs=75,
+        steps=75 * 392_622 // 64,
+        warmup=1 / 75,
+        windows=2,
+        condition_frames=5,
+        guidance=1.0,
+    ),
+}
 
 # %% ../nbs/12_ar_training.ipynb #config-source
 @dataclass
 class _Source:
     "What a generator learns from, and where it is kept."
-    tokenizer: str = 'runs/tokenizer/tokenizer' # folder of a saved tokenizer
-    data: tuple[str, ...] = ('data/pocket',) # ucf101=PATH, k600=PATH, folder=PATH or a path; several are mixed, `:weight` may follow each
-    out: str = 'runs/ar'          # run folder; the generator is saved in out/generator
-    split: str | None = 'train'   # split of the data, if it has split files
-    sampling: str = 'uniform'     # frames of a clip: uniform over the video, or native, a window
-    windows: int = 1              # native windows of each video
-    flips: bool = True            # also train on mirrored clips
-    condition_frames: int = 0     # frame prediction: known frames; 0: class-conditional
-    held_out: float = .05         # share of the clips kept for the held-out loss
-    held_out_clips: int = 0       # use so many clips of the split val or test for it instead, where the data has one
-    workers: int = 0              # processes that decode while tokenising, for each training process
+
+    tokenizer: str = "runs/tokenizer/tokenizer"  # folder of a saved tokenizer
+    data: tuple[str, ...] = (
+        "data/pocket",
+    )  # ucf101=PATH, k600=PATH, folder=PATH or a path; several are mixed, `:weight` may follow each
+    out: str = "runs/ar"  # run folder; the generator is saved in out/generator
+    split: str | None = "train"  # split of the data, if it has split files
+    sampling: str = "uniform"  # frames of a clip: uniform over the video, or native, a window
+    windows: int = 1  # native windows of each video
+    flips: bool = True  # also train on mirrored clips
+    condition_frames: int = 0  # frame prediction: known frames; 0: class-conditional
+    held_out: float = 0.05  # share of the clips kept for the held-out loss
+    held_out_clips: int = (
+        0  # use so many clips of the split val or test for it instead, where the data has one
+    )
+    workers: int = 0  # processes that decode while tokenising, for each training process
 
     def __post_init__(self):
-        if isinstance(self.data, (str, Path)): self.data = (self.data,)
+        if isinstance(self.data, (str, Path)):
+            self.data = (self.data,)
         self.data, self.betas = tuple(map(str, self.data)), tuple(self.betas)
 
 # %% ../nbs/12_ar_training.ipynb #config
 @dataclass
 class ARConfig(_Source):
     "One training run of a generator."
-    generator: GeneratorConfig = field(default_factory=lambda: GeneratorConfig.preset('tiny')) # its shape
-    steps: int = 400              # optimiser steps
-    epochs: float = 0             # passes over the videos; above 0 it sets the steps
-    batch_size: int = 64          # clips a step, over all processes
-    accumulate: int = 1           # parts in which a process computes its share of the batch
-    lr: float = 6e-4              # highest learning rate
-    betas: tuple[float, float] = (.9, .95) # of AdamW
-    weight_decay: float = .05     # of AdamW, on everything but the gains of norms
-    warmup: float = 40            # steps in which the learning rate rises; below 1: their share of all
-    min_lr: float = .01           # last learning rate, as a share of lr
-    clip_norm: float = 0.         # largest norm of the gradient; 0: any
-    ema: float = 0.               # decay of the averaged weights that are validated and saved; 0: none
-    precision: str = 'auto'       # no (float32), bf16, fp16, or auto: bf16 where the hardware has it
-    compile: bool = False         # torch.compile the generator
-    seed: int = 0                 # of weights, order, windows, dropout and the held-out clips
-    log_every: int = 10           # steps
-    val_every: int = 50           # steps
-    save_every: int = 100         # steps
-    sample_every: int = 0         # steps between pictures of generated clips; 0: at the end only
-    samples: int = 8              # clips in these pictures; 0: none
-    guidance: float = 1.25        # of these pictures
-    tracker: str = ''             # tensorboard or wandb beside log.jsonl
-    timeout: int = 60             # seconds that processes wait for each other
+
+    generator: GeneratorConfig = field(
+        default_factory=lambda: GeneratorConfig.preset("tiny")
+    )  # its shape
+    steps: int = 400  # optimiser steps
+    epochs: float = 0  # passes over the videos; above 0 it sets the steps
+    batch_size: int = 64  # clips a step, over all processes
+    accumulate: int = 1  # parts in which a process computes its share of the batch
+    lr: float = 6e-4  # highest learning rate
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    weight_decay: float = 0.05  # of AdamW, on everything but the gains of norms
+    warmup: float = 40  # steps in which the learning rate rises; below 1: their share of all
+    min_lr: float = 0.01  # last learning rate, as a share of lr
+    clip_norm: float = 0.0  # largest norm of the gradient; 0: any
+    ema: float = 0.0  # decay of the averaged weights that are validated and saved; 0: none
+    precision: str = "auto"  # no (float32), bf16, fp16, or auto: bf16 where the hardware has it
+    compile: bool = False  # torch.compile the generator
+    seed: int = 0  # of weights, order, windows, dropout and the held-out clips
+    log_every: int = 10  # steps
+    val_every: int = 50  # steps
+    save_every: int = 100  # steps
+    sample_every: int = 0  # steps between pictures of generated clips; 0: at the end only
+    samples: int = 8  # clips in these pictures; 0: none
+    guidance: float = 1.25  # of these pictures
+    tracker: str = ""  # tensorboard or wandb beside log.jsonl
+    timeout: int = 60  # seconds that processes wait for each other
 
     @classmethod
-    def preset(cls, name:str, # tiny, pocket, paper-ucf101 or paper-k600-fp
-               **overrides # any field
-              ) -> 'ARConfig':
+    def preset(
+        cls,
+        name: str,  # tiny, pocket, paper-ucf101 or paper-k600-fp
+        **overrides,  # any field
+    ) -> "ARConfig":
         "A named run, with any field replaced."
-        if name not in _RUNS: raise InputError(f'unknown preset {name!r}; choose one of {", ".join(_RUNS)}')
+        if name not in _RUNS:
+            raise InputError(f"unknown preset {name!r}; choose one of {', '.join(_RUNS)}")
         unknown = [k for k in overrides if k not in cls.__dataclass_fields__]
-        if unknown: raise InputError(f'a training has no field {unknown[0]!r}; see dera train-ar --help')
-        return cls(**{**_RUNS[name], 'generator': GeneratorConfig.preset(_RUNS[name]['generator']), **overrides})
+        if unknown:
+            raise InputError(f"a training has no field {unknown[0]!r}; see dera train-ar --help")
+        return cls(
+            **{
+                **_RUNS[name],
+                "generator": GeneratorConfig.preset(_RUNS[name]["generator"]),
+                **overrides,
+            }
+        )
 
 # %% ../nbs/12_ar_training.ipynb #check
 def _check(c, processes):
     "Refuse settings that cannot work together."
-    trackers, share = dict(tensorboard=is_tensorboard_available, wandb=is_wandb_available), c.batch_size/max(1, processes*c.accumulate)
+    trackers, share = (
+        dict(tensorboard=is_tensorboard_available, wandb=is_wandb_available),
+        c.batch_size / max(1, processes * c.accumulate),
+    )
     for wrong, complaint in (
-        (not c.data, 'name the videos with --data, as in --data ucf101=PATH'),
-        (c.accumulate < 1 or share != int(share) or share < 1, f'a batch of {c.batch_size} does not divide among {processes} processes x {c.accumulate} parts; change batch_size'),
-        (c.windows < 1 or c.windows > 1 and c.sampling != 'native', f'windows is {c.windows}; above 1 it needs --sampling native, and it counts from 1'),
-        (c.condition_frames < 0, f'condition_frames is {c.condition_frames}; 0 conditions on the class, more on so many frames'),
-        (not 0 <= c.ema < 1, f'ema is a decay from 0 to below 1, got {c.ema}'),
-        (not 0 <= c.held_out < 1, f'held_out is a share from 0 to below 1, got {c.held_out}'),
-        (c.steps < 1 and c.epochs <= 0, f'steps is {c.steps}; train at least one'),
-        (c.warmup < 0 or c.clip_norm < 0 or c.epochs < 0, 'warmup, clip_norm and epochs are not below 0'),
-        (min(c.log_every, c.val_every, c.save_every) < 1 or c.sample_every < 0, 'log_every, val_every and save_every count steps from 1, sample_every from 0'),
-        (c.tracker not in ('', *trackers), f'unknown tracker {c.tracker!r}; choose {" or ".join(trackers)}'),
-        (c.tracker in trackers and not trackers[c.tracker](), f'the tracker {c.tracker} is not installed; run pip install {c.tracker}, or leave it out')):
-        if wrong: raise InputError(complaint)
-    autocast(c.precision, 'cpu')
+        (not c.data, "name the videos with --data, as in --data ucf101=PATH"),
+        (
+            c.accumulate < 1 or share != int(share) or share < 1,
+            f"a batch of {c.batch_size} does not divide among {processes} processes x {c.accumulate} parts; change batch_size",
+        ),
+        (
+            c.windows < 1 or c.windows > 1 and c.sampling != "native",
+            f"windows is {c.windows}; above 1 it needs --sampling native, and it counts from 1",
+        ),
+        (
+            c.condition_frames < 0,
+            f"condition_frames is {c.condition_frames}; 0 conditions on the class, more on so many frames",
+        ),
+        (not 0 <= c.ema < 1, f"ema is a decay from 0 to below 1, got {c.ema}"),
+        (not 0 <= c.held_out < 1, f"held_out is a share from 0 to below 1, got {c.held_out}"),
+        (c.steps < 1 and c.epochs <= 0, f"steps is {c.steps}; train at least one"),
+        (
+            c.warmup < 0 or c.clip_norm < 0 or c.epochs < 0,
+            "warmup, clip_norm and epochs are not below 0",
+        ),
+        (
+            min(c.log_every, c.val_every, c.save_every) < 1 or c.sample_every < 0,
+            "log_every, val_every and save_every count steps from 1, sample_every from 0",
+        ),
+        (
+            c.tracker not in ("", *trackers),
+            f"unknown tracker {c.tracker!r}; choose {' or '.join(trackers)}",
+        ),
+        (
+            c.tracker in trackers and not trackers[c.tracker](),
+            f"the tracker {c.tracker} is not installed; run pip install {c.tracker}, or leave it out",
+        ),
+    ):
+        if wrong:
+            raise InputError(complaint)
+    autocast(c.precision, "cpu")
 
 # %% ../nbs/12_ar_training.ipynb #schedule
-def learning_rate(step:int, config:ARConfig) -> float:
+def learning_rate(step: int, config: ARConfig) -> float:
     "Linear warm-up, then cosine to a share of the highest value."
-    c = config; W = c.warmup if c.warmup >= 1 else c.warmup*c.steps
-    if step < W: return c.lr*min(1., (step + 1)/W)
-    t = (step - W)/max(1, c.steps - W)
-    return c.lr*(c.min_lr + (1 - c.min_lr)*(1 + math.cos(math.pi*t))/2)
+    c = config
+    W = c.warmup if c.warmup >= 1 else c.warmup * c.steps
+    if step < W:
+        return c.lr * min(1.0, (step + 1) / W)
+    t = (step - W) / max(1, c.steps - W)
+    return c.lr * (c.min_lr + (1 - c.min_lr) * (1 + math.cos(math.pi * t)) / 2)
+
 
 @functools.lru_cache(maxsize=2)
-def _order(n, seed): return torch.randperm(n, generator=torch.Generator().manual_seed(seed % 2**32))
+def _order(n, seed):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed % 2**32))
 
-def batch_rows(step:int, # counted from 0
-               batch_size:int, n:int, # rows a step, rows in all
-               seed:int
-              ) -> torch.Tensor: # (batch_size,) numbers below n
+
+def batch_rows(
+    step: int,  # counted from 0
+    batch_size: int,
+    n: int,  # rows a step, rows in all
+    seed: int,
+) -> torch.Tensor:  # (batch_size,) numbers below n
     "The rows of one step: permutations laid end to end."
-    place = torch.arange(step*batch_size, (step + 1)*batch_size); rows = torch.empty_like(place)
-    for epoch in (place//n).unique().tolist():
-        here = place//n == epoch; rows[here] = _order(n, seed*1_000_003 + epoch)[place[here] % n]
+    place = torch.arange(step * batch_size, (step + 1) * batch_size)
+    rows = torch.empty_like(place)
+    for epoch in (place // n).unique().tolist():
+        here = place // n == epoch
+        rows[here] = _order(n, seed * 1_000_003 + epoch)[place[here] % n]
     return rows
 
 # %% ../nbs/12_ar_training.ipynb #split
 def _split(config, clips, views):
     "The rows of training and held-out clips, when clip i has rows i*views to (i + 1)*views - 1."
-    order = torch.randperm(clips, generator=torch.Generator().manual_seed(config.seed)); k = round(config.held_out*clips)
-    held, train = ((part[:, None]*views + torch.arange(views)).flatten() for part in (order[:k], order[k:]))
+    order = torch.randperm(clips, generator=torch.Generator().manual_seed(config.seed))
+    k = round(config.held_out * clips)
+    held, train = (
+        (part[:, None] * views + torch.arange(views)).flatten() for part in (order[:k], order[k:])
+    )
     if config.batch_size > len(train):
-        raise InputError(f'a batch of {config.batch_size} is larger than the {len(train)} rows of training data; lower batch_size')
+        raise InputError(
+            f"a batch of {config.batch_size} is larger than the {len(train)} rows of training data; lower batch_size"
+        )
     return train, held
+
 
 def _flat(config, tokens, labels):
     "Tokens (rows, L) and labels (rows,) that fit the generator."
     g, tokens, labels = config.generator, np.asanyarray(tokens), torch.as_tensor(labels).flatten()
     flat, length = tokens.reshape(-1, tokens.shape[-1]), g.prefix_tokens + g.num_tokens
     if flat.shape[1] != length or flat.max() >= g.vocab_size:
-        raise InputError(f'rows of {flat.shape[1]} tokens, the largest {flat.max()}, do not fit a generator of {length} tokens and {g.vocab_size} codes')
-    if len(labels) != len(flat) or not (g.prefix_tokens or 0 <= labels.min() <= labels.max() < g.num_classes):
-        raise InputError(f'{len(flat)} rows need {len(flat)} labels from 0 to {g.num_classes - 1}; got {len(labels)}, from {labels.min()} to {labels.max()}')
+        raise InputError(
+            f"rows of {flat.shape[1]} tokens, the largest {flat.max()}, do not fit a generator of {length} tokens and {g.vocab_size} codes"
+        )
+    if len(labels) != len(flat) or not (
+        g.prefix_tokens or 0 <= labels.min() <= labels.max() < g.num_classes
+    ):
+        raise InputError(
+            f"{len(flat)} rows need {len(flat)} labels from 0 to {g.num_classes - 1}; got {len(labels)}, from {labels.min()} to {labels.max()}"
+        )
     return flat, labels
 
 # %% ../nbs/12_ar_training.ipynb #data
 def _data(config, tokens, labels, held=None):
     "What to train on and what to hold out, and how many clips an epoch has."
     views = np.shape(tokens)[1] if np.ndim(tokens) == 3 else 1
-    flat, labels = _flat(config, tokens, labels); train, rows = _split(config, len(flat)//views, views)
-    other = (flat, labels, rows) if held is None else (*(both := _flat(config, *held)), torch.arange(len(both[0])))
-    return SimpleNamespace(tokens=flat, labels=labels, train=train, clips=len(train)//views, held=SimpleNamespace(**dict(zip(('tokens', 'labels', 'rows'), other))))
+    flat, labels = _flat(config, tokens, labels)
+    train, rows = _split(config, len(flat) // views, views)
+    other = (
+        (flat, labels, rows)
+        if held is None
+        else (*(both := _flat(config, *held)), torch.arange(len(both[0])))
+    )
+    return SimpleNamespace(
+        tokens=flat,
+        labels=labels,
+        train=train,
+        clips=len(train) // views,
+        held=SimpleNamespace(**dict(zip(("tokens", "labels", "rows"), other))),
+    )
 
 # %% ../nbs/12_ar_training.ipynb #loss
 def _loss(model, tokens, labels, rows, prefix, precision):
     "Nats per token of some rows, of which the first `prefix` tokens are the condition."
     device = next(model.parameters()).device
-    batch = torch.from_numpy(tokens[rows.numpy()].astype(np.int64)).to(device); clip = batch[:, prefix:]
+    batch = torch.from_numpy(tokens[rows.numpy()].astype(np.int64)).to(device)
+    clip = batch[:, prefix:]
     with autocast(precision, device.type):
-        logits = model(clip, None if prefix else labels[rows].to(device), batch[:, :prefix] if prefix else None)
+        logits = model(
+            clip, None if prefix else labels[rows].to(device), batch[:, :prefix] if prefix else None
+        )
     return F.cross_entropy(logits.float().flatten(0, 1), clip.flatten())
+
 
 @torch.no_grad()
 def _held_out_loss(model, held, prefix, precision, batch_size, accelerator=None):
     "The same over all held-out rows, with dropout off; each process computes a share."
     n, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
-    training = model.training; model.eval(); total = torch.zeros((), dtype=torch.float64)
-    for part in held.rows[rank::n].split(batch_size): total += _loss(model, held.tokens, held.labels, part, prefix, precision).item()*len(part)
+    training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64)
+    for part in held.rows[rank::n].split(batch_size):
+        total += _loss(model, held.tokens, held.labels, part, prefix, precision).item() * len(part)
     model.train(training)
-    return (accelerator.reduce(total.float().to(accelerator.device)).item() if n > 1 else total.item())/len(held.rows)
+    return (
+        accelerator.reduce(total.float().to(accelerator.device)).item() if n > 1 else total.item()
+    ) / len(held.rows)
 
 # %% ../nbs/12_ar_training.ipynb #step
 def _parts(c, device):
     "Everything that a step needs."
-    torch.manual_seed(c.seed); model = Generator(c.generator).train().to(device)
-    groups = [dict(params=[p for p in model.parameters() if p.ndim > 1], weight_decay=c.weight_decay),
-              dict(params=[p for p in model.parameters() if p.ndim == 1], weight_decay=0.)]
-    t = SimpleNamespace(model=model, optimizers=dict(adam=torch.optim.AdamW(groups, c.lr, c.betas)), collector=None, losses=[],
-                        scaler=torch.amp.GradScaler(device.type, enabled=c.precision == 'fp16'),
-                        ema=AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(c.ema)) if c.ema else None)
-    if c.compile: model.compile()
+    torch.manual_seed(c.seed)
+    model = Generator(c.generator).train().to(device)
+    groups = [
+        dict(params=[p for p in model.parameters() if p.ndim > 1], weight_decay=c.weight_decay),
+        dict(params=[p for p in model.parameters() if p.ndim == 1], weight_decay=0.0),
+    ]
+    t = SimpleNamespace(
+        model=model,
+        optimizers=dict(adam=torch.optim.AdamW(groups, c.lr, c.betas)),
+        collector=None,
+        losses=[],
+        scaler=torch.amp.GradScaler(device.type, enabled=c.precision == "fp16"),
+        ema=AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(c.ema)) if c.ema else None,
+    )
+    if c.compile:
+        model.compile()
     return t
 
-def _model(t): return t.ema.module if t.ema else t.model
+
+def _model(t):
+    return t.ema.module if t.ema else t.model
+
 
 def _step(c, t, data, step, rank=0, n=1):
     "One optimiser step on this process's rows; returns loss, norm of the gradient, and whether it was sound."
-    rows, optimizer = data.train[batch_rows(step, c.batch_size, len(data.train), c.seed)][rank::n], t.optimizers['adam']
-    torch.manual_seed(((c.seed*1_000_003 + step)*n + rank) % 2**32); optimizer.zero_grad(); losses = []
-    for group in optimizer.param_groups: group['lr'] = learning_rate(step, c)
+    rows, optimizer = (
+        data.train[batch_rows(step, c.batch_size, len(data.train), c.seed)][rank::n],
+        t.optimizers["adam"],
+    )
+    torch.manual_seed(((c.seed * 1_000_003 + step) * n + rank) % 2**32)
+    optimizer.zero_grad()
+    losses = []
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, c)
     for part in rows.chunk(c.accumulate):
-        loss = _loss(t.model, data.tokens, data.labels, part, c.generator.prefix_tokens, c.precision)
-        t.scaler.scale(loss/c.accumulate).backward(); losses.append(loss.detach())
-    found, sound = _update(c, t, ('adam',)); t.scaler.update()
-    if sound and t.ema: t.ema.update_parameters(t.model)
-    return torch.stack(losses).mean(), found['gradient'], sound
+        loss = _loss(
+            t.model, data.tokens, data.labels, part, c.generator.prefix_tokens, c.precision
+        )
+        t.scaler.scale(loss / c.accumulate).backward()
+        losses.append(loss.detach())
+    found, sound = _update(c, t, ("adam",))
+    t.scaler.update()
+    if sound and t.ema:
+        t.ema.update_parameters(t.model)
+    return torch.stack(losses).mean(), found["gradient"], sound
 
 # %% ../nbs/12_ar_training.ipynb #identity
 _FORMAT = 2
-_FREE = 'out tokenizer log_every val_every save_every sample_every samples guidance held_out_clips tracker timeout workers compile'.split() # may change within a run
+_FREE = [
+    "out",
+    "tokenizer",
+    "log_every",
+    "val_every",
+    "save_every",
+    "sample_every",
+    "samples",
+    "guidance",
+    "held_out_clips",
+    "tracker",
+    "timeout",
+    "workers",
+    "compile",
+]  # may change within a run
+
 
 def _identity(config, tokens, labels):
     "The settings that shape the result, and a hash of the data."
     data = hashlib.sha256(np.ascontiguousarray(labels))
-    for i in range(0, len(tokens), 4096): data.update(np.ascontiguousarray(tokens[i:i + 4096]))
-    return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in _FREE} | dict(tokens=data.hexdigest())))
+    for i in range(0, len(tokens), 4096):
+        data.update(np.ascontiguousarray(tokens[i : i + 4096]))
+    return json.loads(
+        json.dumps(
+            {k: v for k, v in asdict(config).items() if k not in _FREE}
+            | dict(tokens=data.hexdigest())
+        )
+    )
+
 
 def _refuse_other(file, then, now):
     "One line if a run was begun with other settings."
-    flat = lambda d: {k: v for k, v in d.items() if not isinstance(v, dict)} | {f'{k}.{j}': w for k, v in d.items() if isinstance(v, dict) for j, w in v.items()}
-    then, now = flat(then), flat(now); changed = [k for k, v in now.items() if then.get(k) != v]; small = lambda *x: max(len(str(v)) for v in x) < 40
-    words = [k + (f' ({then.get(k)} then, {now[k]} now)' if small(then.get(k), now[k]) else '') for k in changed]
-    if words: raise InputError(f'{file} was made with other {", ".join(words)}; choose another run folder or delete this one')
+    flat = lambda d: (
+        {k: v for k, v in d.items() if not isinstance(v, dict)}
+        | {f"{k}.{j}": w for k, v in d.items() if isinstance(v, dict) for j, w in v.items()}
+    )
+    then, now = flat(then), flat(now)
+    changed = [k for k, v in now.items() if then.get(k) != v]
+    small = lambda *x: max(len(str(v)) for v in x) < 40
+    words = [
+        k + (f" ({then.get(k)} then, {now[k]} now)" if small(then.get(k), now[k]) else "")
+        for k in changed
+    ]
+    if words:
+        raise InputError(
+            f"{file} was made with other {', '.join(words)}; choose another run folder or delete this one"
+        )
 
 # %% ../nbs/12_ar_training.ipynb #resume
-def _state(t): return {k: v for k, v in dict(model=t.model, optimizer=t.optimizers['adam'], ema=t.ema, scaler=t.scaler).items() if v is not None}
+def _state(t):
+    return {
+        k: v
+        for k, v in dict(
+            model=t.model, optimizer=t.optimizers["adam"], ema=t.ema, scaler=t.scaler
+        ).items()
+        if v is not None
+    }
+
 
 def _mean_losses(t, accelerator):
     "Losses since the last line of the log, as means over processes."
-    if t.losses and accelerator.num_processes > 1: t.losses = list(accelerator.reduce(torch.stack(t.losses), 'mean'))
+    if t.losses and accelerator.num_processes > 1:
+        t.losses = list(accelerator.reduce(torch.stack(t.losses), "mean"))
     return t.losses
 
+
 def _save(file, identity, step, t, skipped):
-    save_checkpoint(file, dict(format=_FORMAT, identity=identity, step=step, skipped=skipped, losses=t.losses, **{k: v.state_dict() for k, v in _state(t).items()}))
+    save_checkpoint(
+        file,
+        dict(
+            format=_FORMAT,
+            identity=identity,
+            step=step,
+            skipped=skipped,
+            losses=t.losses,
+            **{k: v.state_dict() for k, v in _state(t).items()},
+        ),
+    )
+
 
 def _resume(run, identity, t, main):
     "Load the run's checkpoint if there is one, set the log back to it; returns how many steps and skipped steps it has behind it."
-    file, step, skipped = run.path/'checkpoint.safetensors', 0, 0
+    file, step, skipped = run.path / "checkpoint.safetensors", 0, 0
     if file.exists():
         state = load_checkpoint(file)
-        if state.get('format') != _FORMAT: raise InputError(f"{file} has format {state.get('format', 1)} and this version writes {_FORMAT}; finish it with the version that began it, or choose another run folder")
-        _refuse_other(file, state['identity'], identity); step, skipped = state['step'], state['skipped']
-        for k, v in _state(t).items(): v.load_state_dict(state[k])
-        t.losses = [x.to(t.model.positions.device) for x in state['losses']]
-    if main: write_atomic(run.path/'log.jsonl', ''.join(json.dumps(line) + '\n' for line in run.history(before=step)))
+        if state.get("format") != _FORMAT:
+            raise InputError(
+                f"{file} has format {state.get('format', 1)} and this version writes {_FORMAT}; finish it with the version that began it, or choose another run folder"
+            )
+        _refuse_other(file, state["identity"], identity)
+        step, skipped = state["step"], state["skipped"]
+        for k, v in _state(t).items():
+            v.load_state_dict(state[k])
+        t.losses = [x.to(t.model.positions.device) for x in state["losses"]]
+    if main:
+        write_atomic(
+            run.path / "log.jsonl",
+            "".join(json.dumps(line) + "\n" for line in run.history(before=step)),
+        )
     return step, skipped
 
 # %% ../nbs/12_ar_training.ipynb #rehearse
 def _room(run, t):
     "Refuse a disk on which two checkpoints have no room; remove what killed runs left."
-    for old in (*run.path.glob('*.tmp'), *run.path.glob('rehearsal.safetensors')): shutil.rmtree(old) if old.is_dir() else old.unlink()
-    need, free = 2*(3 + bool(t.ema))*sum(p.nbytes for p in t.model.parameters()), shutil.disk_usage(run.path).free
-    if free < need: raise InputError(f'{run.path} has room for {free/1e6:.0f} MB; two checkpoints need {need/1e6:.0f} MB; make room or choose another --out')
+    for old in (*run.path.glob("*.tmp"), *run.path.glob("rehearsal.safetensors")):
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    need, free = (
+        2 * (3 + bool(t.ema)) * sum(p.nbytes for p in t.model.parameters()),
+        shutil.disk_usage(run.path).free,
+    )
+    if free < need:
+        raise InputError(
+            f"{run.path} has room for {free / 1e6:.0f} MB; two checkpoints need {need / 1e6:.0f} MB; make room or choose another --out"
+        )
+
 
 def _rehearse(run, save, timeout):
     "Write a checkpoint and remove it; refuse a disk that is too slow."
-    file, clock = run.path/'rehearsal.safetensors', time.perf_counter()
-    try: save(file)
-    finally: file.unlink(missing_ok=True)
+    file, clock = run.path / "rehearsal.safetensors", time.perf_counter()
+    try:
+        save(file)
+    finally:
+        file.unlink(missing_ok=True)
     seconds = time.perf_counter() - clock
-    if seconds > timeout/2: raise InputError(f'a checkpoint takes {seconds:.0f} s on the disk of {run.path}, and processes wait {timeout} s; raise --timeout or choose another --out')
-    if seconds > 10: print(f'a checkpoint takes {seconds:.0f} s on the disk of {run.path}; a larger --save-every, or another --out, loses less time', file=sys.stderr)
+    if seconds > timeout / 2:
+        raise InputError(
+            f"a checkpoint takes {seconds:.0f} s on the disk of {run.path}, and processes wait {timeout} s; raise --timeout or choose another --out"
+        )
+    if seconds > 10:
+        print(
+            f"a checkpoint takes {seconds:.0f} s on the disk of {run.path}; a larger --save-every, or another --out, loses less time",
+            file=sys.stderr,
+        )
 
 # %% ../nbs/12_ar_training.ipynb #record
-TIMES = 'tokens_per_second', # of a line of the log: what differs between equal runs
+TIMES = ("tokens_per_second",)  # of a line of the log: what differs between equal runs
+
 
 def _record(c, t, norm, meter, step, accelerator):
     "One line of the log, all of it numbers."
-    losses = torch.stack(_mean_losses(t, accelerator)).double(); losses = losses[losses.isfinite()]; t.losses = []
+    losses = torch.stack(_mean_losses(t, accelerator)).double()
+    losses = losses[losses.isfinite()]
+    t.losses = []
     seconds = time.perf_counter() - meter.clock
-    return dict(step=step, loss=losses.mean().item() if len(losses) else None, gradient=norm if math.isfinite(norm) else None, lr=learning_rate(step - 1, c),
-                skipped=meter.skipped, tokens_per_second=round(meter.steps*c.batch_size*c.generator.num_tokens/seconds))
+    return dict(
+        step=step,
+        loss=losses.mean().item() if len(losses) else None,
+        gradient=norm if math.isfinite(norm) else None,
+        lr=learning_rate(step - 1, c),
+        skipped=meter.skipped,
+        tokens_per_second=round(meter.steps * c.batch_size * c.generator.num_tokens / seconds),
+    )
+
 
 @torch.no_grad()
 def _draw(c, t, data, tokenizer, run, step):
     "Generate clips, decode them, and lay them out in samples/."
-    model, n = _model(t), c.generator.prefix_tokens; device = model.positions.device; tokenizer.to(device)
+    model, n = _model(t), c.generator.prefix_tokens
+    device = model.positions.device
+    tokenizer.to(device)
     decode = lambda indices: tokenizer.decode(indices.to(device)).clamp(0, 1).float().cpu()
     if n:
-        tokens, rows = (data.held.tokens, data.held.rows) if len(data.held.rows) else (data.tokens, data.train)
-        some = rows[::max(1, len(rows)//c.samples)][:c.samples].numpy(); known, real = torch.from_numpy(tokens[some].astype(np.int64)).tensor_split([n], 1)
-        video = torch.cat([decode(x) for x in (known, model.generate(prefix=known, seed=c.seed), real)])
+        tokens, rows = (
+            (data.held.tokens, data.held.rows) if len(data.held.rows) else (data.tokens, data.train)
+        )
+        some = rows[:: max(1, len(rows) // c.samples)][: c.samples].numpy()
+        known, real = torch.from_numpy(tokens[some].astype(np.int64)).tensor_split([n], 1)
+        video = torch.cat(
+            [decode(x) for x in (known, model.generate(prefix=known, seed=c.seed), real)]
+        )
     else:
         labels = torch.linspace(0, c.generator.num_classes - 1, c.samples).long()
-        video = decode(model.generate(labels, guidance=c.guidance if c.generator.class_dropout else 1., seed=c.seed))
-    folder = run.path/'samples'; folder.mkdir(exist_ok=True)
-    write_atomic(folder/f'step-{step:07d}.png', animation(video, columns=len(video)//3 if n else None, zoom=max(1, 64//video.shape[-1])))
+        video = decode(
+            model.generate(
+                labels, guidance=c.guidance if c.generator.class_dropout else 1.0, seed=c.seed
+            )
+        )
+    folder = run.path / "samples"
+    folder.mkdir(exist_ok=True)
+    write_atomic(
+        folder / f"step-{step:07d}.png",
+        animation(
+            video, columns=len(video) // 3 if n else None, zoom=max(1, 64 // video.shape[-1])
+        ),
+    )
 
 # %% ../nbs/12_ar_training.ipynb #begin
 def _begin(c, run, data, accelerator):
     "Model and optimiser, the step to start from, and what writes checkpoints."
-    t, main, meter = _parts(c, accelerator.device), accelerator.is_main_process, _Meter(); identity = _identity(c, data.tokens, data.labels)
+    t, main, meter = _parts(c, accelerator.device), accelerator.is_main_process, _Meter()
+    identity = _identity(c, data.tokens, data.labels)
     start, meter.skipped = _resume(run, identity, t, main)
     if main:
-        _room(run, t); RunFolder(run.path, c)
-        if not start: _rehearse(run, lambda file: _save(file, identity, 0, t, 0), c.timeout)
-    if c.tracker: accelerator.init_trackers('dera', {k: str(v) for k, v in asdict(c).items()})
+        _room(run, t)
+        RunFolder(run.path, c)
+        if not start:
+            _rehearse(run, lambda file: _save(file, identity, 0, t, 0), c.timeout)
+    if c.tracker:
+        accelerator.init_trackers("dera", {k: str(v) for k, v in asdict(c).items()})
+
     def write(step):
         _mean_losses(t, accelerator)
-        if main: _save(run.path/'checkpoint.safetensors', identity, step, t, meter.skipped)
+        if main:
+            _save(run.path / "checkpoint.safetensors", identity, step, t, meter.skipped)
+
     return t, meter, _Saved(start, write)
+
 
 def _end(c, t, run, accelerator, stopped, step, classes):
     "Write the generator beside its place and move it there; say why the run ends early, if it does."
     if accelerator.is_main_process:
-        folder, part = run.path/'generator', run.path/f'generator.{os.getpid()}.tmp'; _model(t).save_pretrained(part)
-        write_atomic(part/'training.json', json.dumps(asdict(c) | dict(classes=classes), indent=1))
-        shutil.rmtree(folder, ignore_errors=True); part.rename(folder)
-    if c.tracker: accelerator.end_training()
-    if stopped: _go(stopped, accelerator.is_main_process, f'stopped after step {step}; the same command goes on from there')
+        folder, part = run.path / "generator", run.path / f"generator.{os.getpid()}.tmp"
+        _model(t).save_pretrained(part)
+        write_atomic(
+            part / "training.json", json.dumps(asdict(c) | dict(classes=classes), indent=1)
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    if c.tracker:
+        accelerator.end_training()
+    if stopped:
+        _go(
+            stopped,
+            accelerator.is_main_process,
+            f"stopped after step {step}; the same command goes on from there",
+        )
     return _model(t).eval().cpu()
 
 # %% ../nbs/12_ar_training.ipynb #train
-def train_generator(config:ARConfig,
-                    tokens, # (clips, views, L) or (clips, L) integers; with a prefix, its tokens come first
-                    labels, # (clips, views) or (clips,) class ids
-                    out:str|Path|None=None, # run folder; default config.out
-                    progress=tqdm, # a tqdm-like wrapper
-                    tokenizer=None, # decodes the clips in samples/; None: no such pictures
-                    held:tuple|None=None, # tokens and labels for the held-out loss, beside those that `config.held_out` takes away
-                    classes:list|None=None, # names of the classes, kept beside the generator
-                    stop_after:int|None=None # leave after this many steps, to be resumed
-                   ) -> Generator: # in evaluation mode, on the CPU
+def train_generator(
+    config: ARConfig,
+    tokens,  # (clips, views, L) or (clips, L) integers; with a prefix, its tokens come first
+    labels,  # (clips, views) or (clips,) class ids
+    out: str | Path | None = None,  # run folder; default config.out
+    progress=tqdm,  # a tqdm-like wrapper
+    tokenizer=None,  # decodes the clips in samples/; None: no such pictures
+    held: tuple
+    | None = None,  # tokens and labels for the held-out loss, beside those that `config.held_out` takes away
+    classes: list | None = None,  # names of the classes, kept beside the generator
+    stop_after: int | None = None,  # leave after this many steps, to be resumed
+) -> Generator:  # in evaluation mode, on the CPU
     "Train a generator, or go on where the run folder's last checkpoint ends."
-    c = config; _check(c, int(os.environ.get('WORLD_SIZE', 1))); data = _data(c, tokens, labels, held)
-    if c.epochs > 0: c = replace(c, steps=max(1, round(c.epochs*data.clips/c.batch_size)))
-    run = RunFolder(out or c.out); accelerator = _accelerator(c, run.path); main, place = accelerator.is_main_process, (accelerator.process_index, accelerator.num_processes)
-    if main: run.check_writable()
-    t, meter, saved = _begin(c, run, data, accelerator); stopped = 0
+    c = config
+    _check(c, int(os.environ.get("WORLD_SIZE", 1)))
+    data = _data(c, tokens, labels, held)
+    if c.epochs > 0:
+        c = replace(c, steps=max(1, round(c.epochs * data.clips / c.batch_size)))
+    run = RunFolder(out or c.out)
+    accelerator = _accelerator(c, run.path)
+    main, place = (
+        accelerator.is_main_process,
+        (accelerator.process_index, accelerator.num_processes),
+    )
+    if main:
+        run.check_writable()
+    t, meter, saved = _begin(c, run, data, accelerator)
+    stopped = 0
     with _signals() as asked, _together(accelerator, run):
-        bar = progress(range(saved.step, min(c.steps, stop_after or c.steps)), initial=saved.step, total=c.steps, desc='training the generator', unit='step', disable=not main)
+        bar = progress(
+            range(saved.step, min(c.steps, stop_after or c.steps)),
+            initial=saved.step,
+            total=c.steps,
+            desc="training the generator",
+            unit="step",
+            disable=not main,
+        )
         for step in bar:
-            loss, norm, sound = _step(c, t, data, step, *place); done = step + 1; t.losses.append(loss); meter.count(0., sound)
-            stopped = _asked(asked, accelerator); due = lambda k: done == c.steps or k and done % k == 0
-            if meter.unsound == 10: raise InputError(f'10 steps in a row, up to step {done}, had a loss or gradient that is not finite; the checkpoint of step {saved.step} in {run.path} is sound: lower the learning rate, or --precision no')
+            loss, norm, sound = _step(c, t, data, step, *place)
+            done = step + 1
+            t.losses.append(loss)
+            meter.count(0.0, sound)
+            stopped = _asked(asked, accelerator)
+            due = lambda k: done == c.steps or k and done % k == 0
+            if meter.unsound == 10:
+                raise InputError(
+                    f"10 steps in a row, up to step {done}, had a loss or gradient that is not finite; the checkpoint of step {saved.step} in {run.path} is sound: lower the learning rate, or --precision no"
+                )
             if due(c.log_every) or due(c.val_every):
                 line = _record(c, t, norm, meter, done, accelerator)
                 if len(data.held.rows) and due(c.val_every):
-                    line['val_loss'] = _held_out_loss(_model(t), data.held, c.generator.prefix_tokens, c.precision, max(1, c.batch_size//(place[1]*c.accumulate)), accelerator)
-                if main: run.log(**line)
-                if c.tracker: accelerator.log({k: v for k, v in line.items() if v is not None}, step=done)
-                if hasattr(bar, 'set_postfix'): bar.set_postfix(loss=f"{line['loss'] or math.nan:.3f}", tokens_per_second=line['tokens_per_second'])
+                    line["val_loss"] = _held_out_loss(
+                        _model(t),
+                        data.held,
+                        c.generator.prefix_tokens,
+                        c.precision,
+                        max(1, c.batch_size // (place[1] * c.accumulate)),
+                        accelerator,
+                    )
+                if main:
+                    run.log(**line)
+                if c.tracker:
+                    accelerator.log({k: v for k, v in line.items() if v is not None}, step=done)
+                if hasattr(bar, "set_postfix"):
+                    bar.set_postfix(
+                        loss=f"{line['loss'] or math.nan:.3f}",
+                        tokens_per_second=line["tokens_per_second"],
+                    )
                 meter.restart()
-            if main and tokenizer is not None and c.samples and due(c.sample_every): _draw(c, t, data, tokenizer, run, done)
-            if sound and (stopped or due(c.save_every)): saved(done)
-            if stopped: break
-        if hasattr(bar, 'close'): bar.close()
+            if main and tokenizer is not None and c.samples and due(c.sample_every):
+                _draw(c, t, data, tokenizer, run, done)
+            if sound and (stopped or due(c.save_every)):
+                saved(done)
+            if stopped:
+                break
+        if hasattr(bar, "close"):
+            bar.close()
     return _end(c, t, run, accelerator, stopped, saved.step, classes)
 
 # %% ../nbs/12_ar_training.ipynb #sources
 def _training_clips(c, config):
     "The clips to tokenise: of the asked split; for `train`, all of a single folder that has no splits."
-    clips = _clips(c, config, list(c.data), (c.split, None) if c.split == 'train' and len(c.data) == 1 else (c.split,), replace_bad=True)
-    if clips is None: raise InputError(f'one of {" ".join(c.data)} has no split {c.split}; write folder=PATH for a folder without splits')
-    _split(c, len(clips), c.windows*(1 + c.flips)); return clips
+    clips = _clips(
+        c,
+        config,
+        list(c.data),
+        (c.split, None) if c.split == "train" and len(c.data) == 1 else (c.split,),
+        replace_bad=True,
+    )
+    if clips is None:
+        raise InputError(
+            f"one of {' '.join(c.data)} has no split {c.split}; write folder=PATH for a folder without splits"
+        )
+    _split(c, len(clips), c.windows * (1 + c.flips))
+    return clips
+
 
 def _held_clips(c, config, classes):
     "Clips of the split val or test, spread evenly over it; or None."
-    clips = _clips(c, config, list(c.data), ('val', 'test')) if c.held_out_clips else None
-    if clips is None: return None
-    if clips.classes != classes: raise InputError(f'the held-out split of {" ".join(c.data)} has other classes than {c.split}; set held_out_clips to 0')
-    n = len(clips.paths); keep = [i*n//min(n, c.held_out_clips) for i in range(min(n, c.held_out_clips))]
-    return VideoClips(Manifest([(clips.paths[i], clips.labels[i]) for i in keep], classes), config.num_frames, config.size, c.sampling, seed=c.seed, replace_bad=True)
+    clips = _clips(c, config, list(c.data), ("val", "test")) if c.held_out_clips else None
+    if clips is None:
+        return None
+    if clips.classes != classes:
+        raise InputError(
+            f"the held-out split of {' '.join(c.data)} has other classes than {c.split}; set held_out_clips to 0"
+        )
+    n = len(clips.paths)
+    keep = [i * n // min(n, c.held_out_clips) for i in range(min(n, c.held_out_clips))]
+    return VideoClips(
+        Manifest([(clips.paths[i], clips.labels[i]) for i in keep], classes),
+        config.num_frames,
+        config.size,
+        c.sampling,
+        seed=c.seed,
+        replace_bad=True,
+    )
+
 
 def _same_source(run, c):
     "Refuse to write other tokens into the folder of a run that has begun, and over those of another tokenizer."
-    about, key = _described(run/'tokens.npy'), c.generator.tokenizer
-    if about and about['fingerprint'] != key:
-        raise InputError(f"{run/'tokens.npy'} holds tokens of tokenizer {about['fingerprint'][:8]}, not of {key[:8]}; choose another --out, or delete the file to tokenise again")
-    if not (run/'checkpoint.safetensors').exists() or not (run/'config.json').exists(): return
-    keys = 'data', 'split', 'sampling', 'windows', 'flips', 'condition_frames', 'seed', 'generator'
-    then, now = ({k: v for k, v in d.items() if k in keys} for d in (json.loads((run/'config.json').read_text()), json.loads(json.dumps(asdict(c)))))
-    _refuse_other(run/'checkpoint.safetensors', then, now)
+    about, key = _described(run / "tokens.npy"), c.generator.tokenizer
+    if about and about["fingerprint"] != key:
+        raise InputError(
+            f"{run / 'tokens.npy'} holds tokens of tokenizer {about['fingerprint'][:8]}, not of {key[:8]}; choose another --out, or delete the file to tokenise again"
+        )
+    if not (run / "checkpoint.safetensors").exists() or not (run / "config.json").exists():
+        return
+    keys = "data", "split", "sampling", "windows", "flips", "condition_frames", "seed", "generator"
+    then, now = (
+        {k: v for k, v in d.items() if k in keys}
+        for d in (json.loads((run / "config.json").read_text()), json.loads(json.dumps(asdict(c))))
+    )
+    _refuse_other(run / "checkpoint.safetensors", then, now)
 
 # %% ../nbs/12_ar_training.ipynb #command
-def train_from_videos(config:ARConfig,
-                      progress=tqdm # a tqdm-like wrapper
-                     ) -> Generator: # in evaluation mode, on the CPU
+def train_from_videos(
+    config: ARConfig,
+    progress=tqdm,  # a tqdm-like wrapper
+) -> Generator:  # in evaluation mode, on the CPU
     "Tokenise videos into the run folder and train a generator on them; go on where the same call was stopped."
-    c = config; _check(c, int(os.environ.get('WORLD_SIZE', 1))); tokenizer = load_tokenizer(c.tokenizer); t, key = tokenizer.config, fingerprint(tokenizer)
-    if c.condition_frames >= t.num_frames: raise InputError(f'condition_frames is {c.condition_frames}; clips of this tokenizer have {t.num_frames} frames, so at least one must be left to predict')
-    clips = _training_clips(c, t); other, classes = _held_clips(c, t, clips.classes), list(clips.classes)
-    if other: c = replace(c, held_out=0.)
-    c = replace(c, generator=replace(c.generator, vocab_size=t.codebook_size, num_tokens=tokenizer.num_codes, num_classes=max(1, len(classes)),
-                                     prefix_tokens=tokenizer.num_codes if c.condition_frames else 0, tokenizer=key))
-    run = RunFolder(c.out).path; _same_source(run, c); accelerator = _accelerator(c, run); tokenizer.to(accelerator.device)
-    write = lambda clips, name, flips, windows: (tokenize_dataset(tokenizer, clips, run/name, min(32, c.batch_size), flips, mirror_labels(classes) if flips else None,
-        c.condition_frames, progress, windows, c.workers, c.timeout), load_tokens(run/name, key))[1]
-    held = write(other, 'held.npy', False, 1) if other else None
-    return train_generator(c, *write(clips, 'tokens.npy', c.flips, c.windows), run, progress, tokenizer, held, classes)
+    c = config
+    _check(c, int(os.environ.get("WORLD_SIZE", 1)))
+    tokenizer = load_tokenizer(c.tokenizer)
+    t, key = tokenizer.config, fingerprint(tokenizer)
+    if c.condition_frames >= t.num_frames:
+        raise InputError(
+            f"condition_frames is {c.condition_frames}; clips of this tokenizer have {t.num_frames} frames, so at least one must be left to predict"
+        )
+    clips = _training_clips(c, t)
+    other, classes = _held_clips(c, t, clips.classes), list(clips.classes)
+    if other:
+        c = replace(c, held_out=0.0)
+    c = replace(
+        c,
+        generator=replace(
+            c.generator,
+            vocab_size=t.codebook_size,
+            num_tokens=tokenizer.num_codes,
+            num_classes=max(1, len(classes)),
+            prefix_tokens=tokenizer.num_codes if c.condition_frames else 0,
+            tokenizer=key,
+        ),
+    )
+    run = RunFolder(c.out).path
+    _same_source(run, c)
+    accelerator = _accelerator(c, run)
+    tokenizer.to(accelerator.device)
+    write = lambda clips, name, flips, windows: (
+        tokenize_dataset(
+            tokenizer,
+            clips,
+            run / name,
+            min(32, c.batch_size),
+            flips,
+            mirror_labels(classes) if flips else None,
+            c.condition_frames,
+            progress,
+            windows,
+            c.workers,
+            c.timeout,
+        ),
+        load_tokens(run / name, key),
+    )[1]
+    held = write(other, "held.npy", False, 1) if other else None
+    return train_generator(
+        c, *write(clips, "tokens.npy", c.flips, c.windows), run, progress, tokenizer, held, classes
+    )
 
 # %% ../nbs/12_ar_training.ipynb #main
-def main(args:list|None=None # default: the command line
-        ):
+def main(
+    args: list | None = None,  # default: the command line
+):
     "Entry of `accelerate launch -m dera.train_ar`, the same as `dera train-ar`."
-    from dera.cli import _run
-    if code := _run('train-ar', sys.argv[1:] if args is None else args): sys.exit(code)
+    from dera.tools.cli import _run
 
-if __name__ == '__main__' and '__file__' in globals(): main()
+    if code := _run("train-ar", sys.argv[1:] if args is None else args):
+        sys.exit(code)
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    main()

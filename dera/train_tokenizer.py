@@ -6,348 +6,721 @@
 __all__ = ['TIMES', 'TokenizerTraining', 'learning_rate', 'reconstruct_set', 'train_tokenizer', 'main']
 
 # %% ../nbs/10_tokenizer_training.ipynb #imports
-import atexit, contextlib, functools, hashlib, json, math, os, resource, shutil, signal, sys, threading, time, traceback
+import atexit
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch, torch.distributed as dist
+import torch
+import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import is_tensorboard_available, is_wandb_available
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+
 from .align import Alignment, match_grid, stage_weights, teacher_features
 from .data import VideoClips
-from .losses import (ARPrior, LeCAM, ReconstructionLoss, VideoDiscriminator, adversarial_term, discriminator_terms, discriminator_turn,
-                         load_perceptual, scheduled_sampling)
+from dera.losses import (
+    ARPrior,
+    LeCAM,
+    ReconstructionLoss,
+    VideoDiscriminator,
+    adversarial_term,
+    discriminator_terms,
+    discriminator_turn,
+    load_perceptual,
+    scheduled_sampling,
+)
 from .pocket import PocketClips
 from .quantize import codebook_stats
 from .query import GridTokenizer, QueryTokenizer
-from .sacp import GradientSACP, SACP, SoftConflict, _average
+from .runtime.checkpoints import load_checkpoint, load_model, save_checkpoint
+from .runtime.devices import autocast
+from .runtime.errors import InputError
+from .runtime.pictures import animation
+from .runtime.processes import average
+from .runtime.run_folder import RunFolder, write_atomic
+from .runtime.seeds import seed_everything
+from .sacp import SACP, GradientSACP, SoftConflict
 from .streams import DeRATokenizer, TokenizerConfig
 from .teachers import load_teacher
-from .utils import InputError, RunFolder, animation, autocast, load_checkpoint, load_model, save_checkpoint, seed_everything, write_atomic
 
 # %% ../nbs/10_tokenizer_training.ipynb #config
 @dataclass
 class _Run:
     "Data, length, optimiser, machine and record of a training."
-    data: tuple[str, ...] = ()      # ucf101=PATH, k600=PATH, folder=PATH or a path; several are mixed, `:weight` may follow each
-    preset: str = 'tiny'            # `tiny`, `pocket` or `paper`
-    model: str = 'dera'             # `dera`, `query` (LARP's) or `grid`
-    tokens: int = 0                 # L, split 1:3 (Fig. 3); 0: the preset's
-    init: str = ''                  # folder of a tokenizer to start from
-    steps: int = 6000               # optimiser steps
-    epochs: float = 0               # passes over the data; above 0 it sets the steps
-    batch_size: int = 4             # clips a step, over all processes
-    accumulate: int = 1             # parts in which a process computes its share of the batch
-    lr: float = 1e-3                # AdamW: embeddings, queries, norms, codebook, projectors
-    muon_lr: float = .005           # Muon: matrices in the blocks; 0 gives them to AdamW
-    betas: tuple[float, float] = (.9, .95) # of AdamW
-    warmup: float = 50              # steps in which the rate rises; below 1: their share of all
-    clip_norm: float = 0.           # largest norm of the gradient; 0: any
-    ema: float = 0.                 # decay of the averaged weights that are validated and saved; 0: none
-    precision: str = 'auto'         # `no` (float32), `bf16`, `fp16`, or `auto`: bf16 where the hardware has it
-    compile: bool = False           # torch.compile the tokenizer
-    workers: int = 0                # processes that decode, for each training process
-    cache: bool = True              # decode once and keep 8-bit frames in memory
-    sampling: str = 'uniform'       # of `VideoClips`
-    flip: bool = True               # mirror half of the clips
-    seed: int = 0                   # of weights, order, windows, and the noise of every step
-    log_every: int = 25             # steps
-    norms_every: int = 0            # steps between measurements of each term's gradient norm; 0: never
-    save_every: int = 500           # steps
-    validate_every: int = 0         # steps; 0: at the end only
-    validation_clips: int = 64      # held-out clips, where the data has a split for them; 0: none
-    tracker: str = ''               # `tensorboard` or `wandb` beside log.jsonl
-    timeout: int = 60               # seconds that processes wait for each other
+
+    data: tuple[
+        str, ...
+    ] = ()  # ucf101=PATH, k600=PATH, folder=PATH or a path; several are mixed, `:weight` may follow each
+    preset: str = "tiny"  # `tiny`, `pocket` or `paper`
+    model: str = "dera"  # `dera`, `query` (LARP's) or `grid`
+    tokens: int = 0  # L, split 1:3 (Fig. 3); 0: the preset's
+    init: str = ""  # folder of a tokenizer to start from
+    steps: int = 6000  # optimiser steps
+    epochs: float = 0  # passes over the data; above 0 it sets the steps
+    batch_size: int = 4  # clips a step, over all processes
+    accumulate: int = 1  # parts in which a process computes its share of the batch
+    lr: float = 1e-3  # AdamW: embeddings, queries, norms, codebook, projectors
+    muon_lr: float = 0.005  # Muon: matrices in the blocks; 0 gives them to AdamW
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    warmup: float = 50  # steps in which the rate rises; below 1: their share of all
+    clip_norm: float = 0.0  # largest norm of the gradient; 0: any
+    ema: float = 0.0  # decay of the averaged weights that are validated and saved; 0: none
+    precision: str = (
+        "auto"  # `no` (float32), `bf16`, `fp16`, or `auto`: bf16 where the hardware has it
+    )
+    compile: bool = False  # torch.compile the tokenizer
+    workers: int = 0  # processes that decode, for each training process
+    cache: bool = True  # decode once and keep 8-bit frames in memory
+    sampling: str = "uniform"  # of `VideoClips`
+    flip: bool = True  # mirror half of the clips
+    seed: int = 0  # of weights, order, windows, and the noise of every step
+    log_every: int = 25  # steps
+    norms_every: int = 0  # steps between measurements of each term's gradient norm; 0: never
+    save_every: int = 500  # steps
+    validate_every: int = 0  # steps; 0: at the end only
+    validation_clips: int = 64  # held-out clips, where the data has a split for them; 0: none
+    tracker: str = ""  # `tensorboard` or `wandb` beside log.jsonl
+    timeout: int = 60  # seconds that processes wait for each other
 
     def __post_init__(self):
-        if isinstance(self.data, (str, Path)): self.data = (str(self.data),) if str(self.data) else ()
+        if isinstance(self.data, (str, Path)):
+            self.data = (str(self.data),) if str(self.data) else ()
         self.data, self.betas = tuple(map(str, self.data)), tuple(self.betas)
 
 # %% ../nbs/10_tokenizer_training.ipynb #config-losses
 @dataclass
 class TokenizerTraining(_Run):
     "How a tokenizer is trained."
-    lambda_a: float = 1.            # weight of L_a; only with a first-frame stream
-    lambda_m: float = .5            # weight of L_m
-    align_share: float = 1.         # of the steps with these weights, then none; 20/75: the two stages of Table 4
-    align_layer: int = 0            # encoder layer that is aligned (Table 6); 0: the last
-    surgery: str = 'sacp'           # `sacp`, `sum` or `soft` (Table 5)
-    surgery_level: str = 'loss'     # `loss` (Algorithm 1) or `encoder`
-    surgery_every: int = 1          # SACP decides at every k-th step and holds its coefficients between
-    soft_weight: float = 1.         # of the penalty when surgery is `soft`; 0.5 or 1.0 in Table 5
-    eps: float = 1e-8               # of Algorithm 1
-    eps_relative: bool = False      # eps times the squared norm instead
-    image_teacher: str = 'pocket-image' # of `load_teacher`; '': none
-    video_teacher: str = 'pocket-video' # '': none
+
+    lambda_a: float = 1.0  # weight of L_a; only with a first-frame stream
+    lambda_m: float = 0.5  # weight of L_m
+    align_share: float = (
+        1.0  # of the steps with these weights, then none; 20/75: the two stages of Table 4
+    )
+    align_layer: int = 0  # encoder layer that is aligned (Table 6); 0: the last
+    surgery: str = "sacp"  # `sacp`, `sum` or `soft` (Table 5)
+    surgery_level: str = "loss"  # `loss` (Algorithm 1) or `encoder`
+    surgery_every: int = 1  # SACP decides at every k-th step and holds its coefficients between
+    soft_weight: float = 1.0  # of the penalty when surgery is `soft`; 0.5 or 1.0 in Table 5
+    eps: float = 1e-8  # of Algorithm 1
+    eps_relative: bool = False  # eps times the squared norm instead
+    image_teacher: str = "pocket-image"  # of `load_teacher`; '': none
+    video_teacher: str = "pocket-video"  # '': none
     projector_hidden: int = 256
     projector_shared: bool = False  # one projector for both streams
-    reconstruction_weight: float = 10. # weight of L_0; 1 in the paper
-    l2_weight: float = 4.           # not in the paper
-    perceptual: str = 'pocket-video' # `lpips-vgg`, a teacher whose features are compared, or '': none
-    perceptual_weight: float = .05
-    quantizer_weight: float = .1
-    quantizer_start: float = 2/3    # steps with continuous latents; below 1: their share of all
-    discriminator_weight: float = 0. # of the opponent's verdict; 0: no opponent
-    discriminator_start: int = 0    # first step with an opponent
-    discriminator_every: int = 5    # steps between its updates
+    reconstruction_weight: float = 10.0  # weight of L_0; 1 in the paper
+    l2_weight: float = 4.0  # not in the paper
+    perceptual: str = (
+        "pocket-video"  # `lpips-vgg`, a teacher whose features are compared, or '': none
+    )
+    perceptual_weight: float = 0.05
+    quantizer_weight: float = 0.1
+    quantizer_start: float = 2 / 3  # steps with continuous latents; below 1: their share of all
+    discriminator_weight: float = 0.0  # of the opponent's verdict; 0: no opponent
+    discriminator_start: int = 0  # first step with an opponent
+    discriminator_every: int = 5  # steps between its updates
     discriminator_lr: float = 3e-5
-    lecam_weight: float = .001      # applied once
-    prior_weight: float = 0.        # of LARP's prior; 0: none, as in DeRA
-    prior_lr_scale: float = 50.     # its learning rate, as a multiple of lr
+    lecam_weight: float = 0.001  # applied once
+    prior_weight: float = 0.0  # of LARP's prior; 0: none, as in DeRA
+    prior_lr_scale: float = 50.0  # its learning rate, as a multiple of lr
 
-    def first_quantized(self, steps:int) -> int: # number of steps of the whole training -> the first one that quantises
-        return round(self.quantizer_start*steps) if self.quantizer_start < 1 else int(self.quantizer_start)
+    def first_quantized(
+        self, steps: int
+    ) -> int:  # number of steps of the whole training -> the first one that quantises
+        return (
+            round(self.quantizer_start * steps)
+            if self.quantizer_start < 1
+            else int(self.quantizer_start)
+        )
 
     @classmethod
-    def preset(cls, name:str, # `tiny`, `pocket` or `paper`
-               **changes) -> 'TokenizerTraining': # any field
+    def preset(
+        cls,
+        name: str,  # `tiny`, `pocket` or `paper`
+        **changes,
+    ) -> "TokenizerTraining":  # any field
         "A named training, with any field replaced."
-        if name not in _TRAININGS: raise InputError(f'unknown preset {name!r}; choose one of {", ".join(_TRAININGS)}')
+        if name not in _TRAININGS:
+            raise InputError(f"unknown preset {name!r}; choose one of {', '.join(_TRAININGS)}")
         unknown = [k for k in changes if k not in {f.name for f in fields(cls)}]
-        if unknown: raise InputError(f'a training has no field {unknown[0]!r}; see dera train-tokenizer --help')
+        if unknown:
+            raise InputError(
+                f"a training has no field {unknown[0]!r}; see dera train-tokenizer --help"
+            )
         return cls(**dict(preset=name) | _TRAININGS[name] | changes)
 
 # %% ../nbs/10_tokenizer_training.ipynb #presets
-_TRAININGS = dict(tiny={},
-    pocket=dict(quantizer_start=400, image_teacher='pocket64-image', video_teacher='pocket64-video', perceptual='pocket64-video',
-                warmup=100, log_every=20),
-    paper=dict(epochs=75, batch_size=128, lr=1e-4, muon_lr=0., betas=(.5, .9), warmup=8/75, ema=.999, cache=False, sampling='native', workers=8,
-               image_teacher='vit_base_patch16_dinov3.lvd1689m', video_teacher='internvideo2-b14', projector_hidden=2048,
-               reconstruction_weight=1., l2_weight=0., perceptual='lpips-vgg', perceptual_weight=1., quantizer_start=0,
-               discriminator_weight=.3, log_every=50, save_every=1000, validate_every=2000))
+_TRAININGS = dict(
+    tiny={},
+    pocket=dict(
+        quantizer_start=400,
+        image_teacher="pocket64-image",
+        video_teacher="pocket64-video",
+        perceptual="pocket64-video",
+        warmup=100,
+        log_every=20,
+    ),
+    paper=dict(
+        epochs=75,
+        batch_size=128,
+        lr=1e-4,
+        muon_lr=0.0,
+        betas=(0.5, 0.9),
+        warmup=8 / 75,
+        ema=0.999,
+        cache=False,
+        sampling="native",
+        workers=8,
+        image_teacher="vit_base_patch16_dinov3.lvd1689m",
+        video_teacher="internvideo2-b14",
+        projector_hidden=2048,
+        reconstruction_weight=1.0,
+        l2_weight=0.0,
+        perceptual="lpips-vgg",
+        perceptual_weight=1.0,
+        quantizer_start=0,
+        discriminator_weight=0.3,
+        log_every=50,
+        save_every=1000,
+        validate_every=2000,
+    ),
+)
 
 # %% ../nbs/10_tokenizer_training.ipynb #check
 _TOKENIZERS = dict(dera=DeRATokenizer, query=QueryTokenizer, grid=GridTokenizer)
 
+
 def _check(c, processes):
     "Refuse settings that cannot work together."
-    aligned, share = [n for n in ('image', 'video') if _teacher_name(c, n)], c.batch_size/max(1, processes*c.accumulate)
+    aligned, share = (
+        [n for n in ("image", "video") if _teacher_name(c, n)],
+        c.batch_size / max(1, processes * c.accumulate),
+    )
     trackers = dict(tensorboard=is_tensorboard_available, wandb=is_wandb_available)
     for wrong, complaint in (
-        (not c.data, 'name the videos with --data, as in --data ucf101=PATH'),
-        (c.model not in _TOKENIZERS, f'unknown model {c.model!r}; choose {", ".join(_TOKENIZERS)}'),
-        (c.surgery not in ('sacp', 'sum', 'soft'), f'unknown surgery {c.surgery!r}; choose sacp, sum or soft'),
-        (c.surgery_level not in ('loss', 'encoder'), f'unknown surgery_level {c.surgery_level!r}; choose loss or encoder'),
-        (not 0 <= c.align_share <= 1, f'align_share is a share of the steps from 0 to 1, got {c.align_share}'),
-        (c.lr <= 0 or min(c.muon_lr, c.timeout) < 0, f'lr must be above 0, muon_lr and timeout not below it; they are {c.lr}, {c.muon_lr} and {c.timeout}'),
-        (c.accumulate < 1 or share != int(share) or share < 1, f'batch_size {c.batch_size} does not divide into {processes} processes x {c.accumulate} parts; change one of them'),
-        (c.model != 'dera' and 'image' in aligned, f'the {c.model} tokenizer has no first-frame stream to align; set lambda_a to 0'),
-        (c.surgery == 'soft' and c.compile, 'the soft conflict needs second derivatives, which compiled code has not; choose one of them'),
-        (c.accumulate > 1 and (c.surgery == 'soft' or c.surgery_every > 1), 'with accumulate above 1 the surgery must be sacp at every step, or sum'),
-        (c.model == 'grid' and c.prior_weight, 'the prior reads a row of tokens; the grid tokenizer has none, so set prior_weight to 0'),
-        (not 0 <= c.ema < 1, f'ema is a decay from 0 to below 1, got {c.ema}'),
-        (c.steps < 1 and c.epochs <= 0, f'steps is {c.steps}; train at least one'),
-        (min(c.log_every, c.save_every, c.discriminator_every) < 1, 'log_every, save_every and discriminator_every count steps from 1'),
-        (c.tracker not in ('', *trackers), f'unknown tracker {c.tracker!r}; choose {" or ".join(trackers)}'),
-        (c.tracker in trackers and not trackers[c.tracker](), f'the tracker {c.tracker} is not installed; run pip install {c.tracker}, or leave it out')):
-        if wrong: raise InputError(complaint)
-    autocast(c.precision, 'cpu')
+        (not c.data, "name the videos with --data, as in --data ucf101=PATH"),
+        (c.model not in _TOKENIZERS, f"unknown model {c.model!r}; choose {', '.join(_TOKENIZERS)}"),
+        (
+            c.surgery not in ("sacp", "sum", "soft"),
+            f"unknown surgery {c.surgery!r}; choose sacp, sum or soft",
+        ),
+        (
+            c.surgery_level not in ("loss", "encoder"),
+            f"unknown surgery_level {c.surgery_level!r}; choose loss or encoder",
+        ),
+        (
+            not 0 <= c.align_share <= 1,
+            f"align_share is a share of the steps from 0 to 1, got {c.align_share}",
+        ),
+        (
+            c.lr <= 0 or min(c.muon_lr, c.timeout) < 0,
+            f"lr must be above 0, muon_lr and timeout not below it; they are {c.lr}, {c.muon_lr} and {c.timeout}",
+        ),
+        (
+            c.accumulate < 1 or share != int(share) or share < 1,
+            f"batch_size {c.batch_size} does not divide into {processes} processes x {c.accumulate} parts; change one of them",
+        ),
+        (
+            c.model != "dera" and "image" in aligned,
+            f"the {c.model} tokenizer has no first-frame stream to align; set lambda_a to 0",
+        ),
+        (
+            c.surgery == "soft" and c.compile,
+            "the soft conflict needs second derivatives, which compiled code has not; choose one of them",
+        ),
+        (
+            c.accumulate > 1 and (c.surgery == "soft" or c.surgery_every > 1),
+            "with accumulate above 1 the surgery must be sacp at every step, or sum",
+        ),
+        (
+            c.model == "grid" and c.prior_weight,
+            "the prior reads a row of tokens; the grid tokenizer has none, so set prior_weight to 0",
+        ),
+        (not 0 <= c.ema < 1, f"ema is a decay from 0 to below 1, got {c.ema}"),
+        (c.steps < 1 and c.epochs <= 0, f"steps is {c.steps}; train at least one"),
+        (
+            min(c.log_every, c.save_every, c.discriminator_every) < 1,
+            "log_every, save_every and discriminator_every count steps from 1",
+        ),
+        (
+            c.tracker not in ("", *trackers),
+            f"unknown tracker {c.tracker!r}; choose {' or '.join(trackers)}",
+        ),
+        (
+            c.tracker in trackers and not trackers[c.tracker](),
+            f"the tracker {c.tracker} is not installed; run pip install {c.tracker}, or leave it out",
+        ),
+    ):
+        if wrong:
+            raise InputError(complaint)
+    autocast(c.precision, "cpu")
+
 
 def _teacher_name(c, kind):
     "The teacher of a stream, if its loss has weight."
-    return getattr(c, f'{kind}_teacher') if (c.lambda_a if kind == 'image' else c.lambda_m) else ''
+    return getattr(c, f"{kind}_teacher") if (c.lambda_a if kind == "image" else c.lambda_m) else ""
 
 # %% ../nbs/10_tokenizer_training.ipynb #prepare
 def _pocket_clips(name, config, splits):
     "`pocket=N`: N clips of the pocket world to learn from, an eighth of that in each other split."
-    number = name.removeprefix('pocket=')
-    if not number.isdigit() or int(number) < 8: raise InputError(f'{name!r}: write pocket=N with N clips, 8 or more, as in pocket=40000')
-    n = int(number) if splits[0] in ('train', None) else int(number)//8
+    number = name.removeprefix("pocket=")
+    if not number.isdigit() or int(number) < 8:
+        raise InputError(f"{name!r}: write pocket=N with N clips, 8 or more, as in pocket=40000")
+    n = int(number) if splits[0] in ("train", None) else int(number) // 8
     return PocketClips(n, config.num_frames, config.size, splits[0])
+
 
 def _clips(c, config, data, splits, **options):
     "The clips of the first split that the data has, or None."
     name = data[0] if isinstance(data, list) and len(data) == 1 else data
-    if isinstance(name, str) and name.startswith('pocket='): return _pocket_clips(name, config, splits)
+    if isinstance(name, str) and name.startswith("pocket="):
+        return _pocket_clips(name, config, splits)
     for split in splits:
-        try: return VideoClips(data, config.num_frames, config.size, c.sampling, split=split, seed=c.seed, progress=tqdm, **options)
+        try:
+            return VideoClips(
+                data,
+                config.num_frames,
+                config.size,
+                c.sampling,
+                split=split,
+                seed=c.seed,
+                progress=tqdm,
+                **options,
+            )
         except InputError as e:
-            if split is None or not str(e).startswith(('no split', 'unknown split', 'no ucfTrainTestlist')): raise
+            if split is None or not str(e).startswith(
+                ("no split", "unknown split", "no ucfTrainTestlist")
+            ):
+                raise
+
 
 def _training(c, config):
     "The clips to learn from: of the split `train`; all of a single folder that has no splits."
-    clips = _clips(c, config, list(c.data), ('train', None) if len(c.data) == 1 else ('train',), flip=c.flip, cache=c.cache, replace_bad=True)
-    if clips is None: raise InputError(f'one of {" ".join(c.data)} has no split train; write folder=PATH for a folder without splits')
-    if c.batch_size > len(clips): raise InputError(f'batch_size {c.batch_size} is larger than the {len(clips)} training videos in {" ".join(c.data)}; lower it')
+    clips = _clips(
+        c,
+        config,
+        list(c.data),
+        ("train", None) if len(c.data) == 1 else ("train",),
+        flip=c.flip,
+        cache=c.cache,
+        replace_bad=True,
+    )
+    if clips is None:
+        raise InputError(
+            f"one of {' '.join(c.data)} has no split train; write folder=PATH for a folder without splits"
+        )
+    if c.batch_size > len(clips):
+        raise InputError(
+            f"batch_size {c.batch_size} is larger than the {len(clips)} training videos in {' '.join(c.data)}; lower it"
+        )
     return clips
+
 
 def _validation(c, config):
     "Held-out clips, (N, 3, T, H, W), spread evenly over every source that has them; or None."
-    held = [v for d in c.data if c.validation_clips and (v := _clips(c, config, d, ('val', 'test')))]; share = max(1, c.validation_clips//max(1, len(held)))
-    return torch.stack([v[i*len(v)//share]['video'] for v in held for i in range(share)]) if held else None
+    held = [
+        v for d in c.data if c.validation_clips and (v := _clips(c, config, d, ("val", "test")))
+    ]
+    share = max(1, c.validation_clips // max(1, len(held)))
+    return (
+        torch.stack([v[i * len(v) // share]["video"] for v in held for i in range(share)])
+        if held
+        else None
+    )
+
 
 def _tokenizer(c, given):
     "The tokenizer to train."
-    if given is not None: return given.train()
-    if c.init: return load_model(_TOKENIZERS[c.model], c.init).train()
+    if given is not None:
+        return given.train()
+    if c.init:
+        return load_model(_TOKENIZERS[c.model], c.init).train()
     return _TOKENIZERS[c.model](TokenizerConfig.preset(c.preset, c.tokens or None, seed=c.seed))
 
 # %% ../nbs/10_tokenizer_training.ipynb #parts
 def _networks(c, config, teachers):
     "Everything but the tokenizer that learns: projectors, opponent, prior."
     sizes = dict(num_frames=config.num_frames, size=config.size)
-    for t in filter(None, teachers): match_grid(torch.zeros(1, math.prod(t.grid), 1), t.grid, config.grid if t.modality == 'video' else (1, *config.grid[1:]))
-    return dict(alignment=Alignment(config.dim, *[t and t.dim for t in teachers], c.projector_hidden, c.projector_shared),
-                discriminator=VideoDiscriminator.preset(c.preset, **sizes) if c.discriminator_weight else None,
-                prior=ARPrior.preset(c.preset, num_tokens=config.num_codes, latent_dim=config.latent_dim//config.codes_per_token) if c.prior_weight else None)
+    for t in filter(None, teachers):
+        match_grid(
+            torch.zeros(1, math.prod(t.grid), 1),
+            t.grid,
+            config.grid if t.modality == "video" else (1, *config.grid[1:]),
+        )
+    return dict(
+        alignment=Alignment(
+            config.dim, *[t and t.dim for t in teachers], c.projector_hidden, c.projector_shared
+        ),
+        discriminator=VideoDiscriminator.preset(c.preset, **sizes)
+        if c.discriminator_weight
+        else None,
+        prior=ARPrior.preset(
+            c.preset,
+            num_tokens=config.num_codes,
+            latent_dim=config.latent_dim // config.codes_per_token,
+        )
+        if c.prior_weight
+        else None,
+    )
+
 
 def _perceptual(c, teachers):
     "The network of the perceptual term; a teacher that is loaded already is not loaded again."
-    if not c.perceptual or not c.perceptual_weight: return None
-    return next((t for t in teachers if t and t.name == c.perceptual), None) or load_perceptual(c.perceptual)
+    if not c.perceptual or not c.perceptual_weight:
+        return None
+    return next((t for t in teachers if t and t.name == c.perceptual), None) or load_perceptual(
+        c.perceptual
+    )
+
 
 def _parts(c, tokenizer, device):
     "Everything that a step needs."
-    seed_everything(c.seed + 1); config = tokenizer.config
-    if not 0 <= c.align_layer <= config.encoder_depth: raise InputError(f'align_layer {c.align_layer} is not one of the {config.encoder_depth} encoder layers; 0 means the last')
-    teachers = [load_teacher(n).to(device) if n else None for n in (_teacher_name(c, 'image'), _teacher_name(c, 'video'))]
-    nets = {k: v and v.to(device).train() for k, v in _networks(c, config, teachers).items()}; eyes = _perceptual(c, teachers)
-    t = SimpleNamespace(tokenizer=tokenizer.to(device), **nets, lecam=LeCAM(weight=c.lecam_weight).to(device) if nets['discriminator'] else None,
+    seed_everything(c.seed + 1)
+    config = tokenizer.config
+    if not 0 <= c.align_layer <= config.encoder_depth:
+        raise InputError(
+            f"align_layer {c.align_layer} is not one of the {config.encoder_depth} encoder layers; 0 means the last"
+        )
+    teachers = [
+        load_teacher(n).to(device) if n else None
+        for n in (_teacher_name(c, "image"), _teacher_name(c, "video"))
+    ]
+    nets = {k: v and v.to(device).train() for k, v in _networks(c, config, teachers).items()}
+    eyes = _perceptual(c, teachers)
+    t = SimpleNamespace(
+        tokenizer=tokenizer.to(device),
+        **nets,
+        lecam=LeCAM(weight=c.lecam_weight).to(device) if nets["discriminator"] else None,
         ema=AveragedModel(tokenizer, multi_avg_fn=get_ema_multi_avg_fn(c.ema)) if c.ema else None,
-        surgery=SACP(c.eps, c.eps_relative, c.surgery_level, c.surgery_every), scaler=torch.amp.GradScaler(device.type, enabled=c.precision == 'fp16'),
-        teachers=teachers, reconstruction=ReconstructionLoss(eyes and eyes.to(device), c.perceptual_weight, c.l2_weight), collector=None)
-    t.optimizers = _optimizers(c, t); t.rates = [[g['lr'] for g in o.param_groups] for o in t.optimizers.values()]
-    if c.compile: tokenizer.compile()
-    if c.accumulate > 1 and c.surgery == 'sacp' and all(t.teachers):
-        encoder = list(tokenizer.encoder.parameters()); inside = {id(p) for p in encoder}
-        others = [p for n, p in tokenizer.named_parameters() if not n.startswith('decoder') and id(p) not in inside] + [*t.alignment.parameters()]
+        surgery=SACP(c.eps, c.eps_relative, c.surgery_level, c.surgery_every),
+        scaler=torch.amp.GradScaler(device.type, enabled=c.precision == "fp16"),
+        teachers=teachers,
+        reconstruction=ReconstructionLoss(
+            eyes and eyes.to(device), c.perceptual_weight, c.l2_weight
+        ),
+        collector=None,
+    )
+    t.optimizers = _optimizers(c, t)
+    t.rates = [[g["lr"] for g in o.param_groups] for o in t.optimizers.values()]
+    if c.compile:
+        tokenizer.compile()
+    if c.accumulate > 1 and c.surgery == "sacp" and all(t.teachers):
+        encoder = list(tokenizer.encoder.parameters())
+        inside = {id(p) for p in encoder}
+        others = [
+            p
+            for n, p in tokenizer.named_parameters()
+            if not n.startswith("decoder") and id(p) not in inside
+        ] + [*t.alignment.parameters()]
         t.collector = GradientSACP(encoder, others, c.eps, c.eps_relative, c.surgery_level)
     return t
 
 # %% ../nbs/10_tokenizer_training.ipynb #optimizers
 def _optimizers(c, t):
     "Muon for matrices in the blocks, AdamW for the rest; the opponent has its own."
-    matrices = [p for n, p in t.tokenizer.named_parameters() if '.blocks.' in n and p.ndim == 2] if c.muon_lr else []
+    matrices = (
+        [p for n, p in t.tokenizer.named_parameters() if ".blocks." in n and p.ndim == 2]
+        if c.muon_lr
+        else []
+    )
     chosen = {id(p) for p in matrices}
-    rest = [p for p in [*t.tokenizer.parameters(), *t.alignment.parameters()] if p.requires_grad and id(p) not in chosen]
-    groups = [dict(params=rest), *([dict(params=list(t.prior.parameters()), lr=c.lr*c.prior_lr_scale)] if t.prior else [])]
-    adam = functools.partial(torch.optim.AdamW, betas=c.betas, weight_decay=0.)
-    found = dict(muon=torch.optim.Muon(matrices, lr=c.muon_lr, weight_decay=0.) if matrices else None, adam=adam(groups, lr=c.lr),
-                 discriminator=adam(t.discriminator.parameters(), lr=c.discriminator_lr) if t.discriminator else None)
+    rest = [
+        p
+        for p in [*t.tokenizer.parameters(), *t.alignment.parameters()]
+        if p.requires_grad and id(p) not in chosen
+    ]
+    groups = [
+        dict(params=rest),
+        *([dict(params=list(t.prior.parameters()), lr=c.lr * c.prior_lr_scale)] if t.prior else []),
+    ]
+    adam = functools.partial(torch.optim.AdamW, betas=c.betas, weight_decay=0.0)
+    found = dict(
+        muon=torch.optim.Muon(matrices, lr=c.muon_lr, weight_decay=0.0) if matrices else None,
+        adam=adam(groups, lr=c.lr),
+        discriminator=adam(t.discriminator.parameters(), lr=c.discriminator_lr)
+        if t.discriminator
+        else None,
+    )
     return {k: o for k, o in found.items() if o}
 
-def learning_rate(step:int, # from 0
-                  steps:int, warmup:float) -> float: # factor in (0, 1]
+
+def learning_rate(
+    step: int,  # from 0
+    steps: int,
+    warmup: float,
+) -> float:  # factor in (0, 1]
     "Linear warm-up, then cosine to 1 %."
-    warmup = warmup if warmup >= 1 else warmup*steps
-    return min(1., (step + 1)/max(1, warmup))*(.01 + .99*.5*(1 + math.cos(math.pi*step/steps)))
+    warmup = warmup if warmup >= 1 else warmup * steps
+    return min(1.0, (step + 1) / max(1, warmup)) * (
+        0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
 
 # %% ../nbs/10_tokenizer_training.ipynb #data
 class _Rows:
     "For DataLoader: this process's share of every batch of an epoch."
-    def __init__(self, n, batch_size, seed, rank, processes):
-        self.n, self.batch_size, self.seed, self.rank, self.processes, self.epoch, self.skip = n, batch_size, seed, rank, processes, 0, 0
 
-    def __len__(self): return self.n//self.batch_size - self.skip
+    def __init__(self, n, batch_size, seed, rank, processes):
+        self.n, self.batch_size, self.seed, self.rank, self.processes, self.epoch, self.skip = (
+            n,
+            batch_size,
+            seed,
+            rank,
+            processes,
+            0,
+            0,
+        )
+
+    def __len__(self):
+        return self.n // self.batch_size - self.skip
 
     def __iter__(self):
-        order = torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed*1_000_003 + self.epoch))
-        return iter(order[:self.n//self.batch_size*self.batch_size].view(-1, self.processes, self.batch_size//self.processes)[self.skip:, self.rank].tolist())
+        order = torch.randperm(
+            self.n, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        )
+        return iter(
+            order[: self.n // self.batch_size * self.batch_size]
+            .view(-1, self.processes, self.batch_size // self.processes)[self.skip :, self.rank]
+            .tolist()
+        )
+
 
 def _shot(error):
     "Whether a process that decodes is gone, which DataLoader says in several ways."
-    said = str(error); return 'DataLoader worker (pid' in said or not isinstance(error, RuntimeError) and 'Caught' not in said
+    said = str(error)
+    return (
+        "DataLoader worker (pid" in said
+        or not isinstance(error, RuntimeError)
+        and "Caught" not in said
+    )
+
 
 def _settle(error):
     "Let DataLoader's signal come and its iterator go, so that neither breaks into what follows."
-    try: time.sleep(.3)
-    except RuntimeError: pass
-    while error: traceback.clear_frames(error.__traceback__); error = error.__context__
+    try:
+        time.sleep(0.3)
+    except RuntimeError:
+        pass
+    while error:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+
 
 def _feed(dataset, c, start, accelerator):
     "(clips of this process, seconds waited) of step `start`, `start + 1`, ..., without end."
-    rows = _Rows(len(dataset), c.batch_size, c.seed, accelerator.process_index, accelerator.num_processes); per_epoch = len(rows)
-    loader = DataLoader(dataset, batch_sampler=rows, num_workers=c.workers, persistent_workers=c.workers > 0,
-                        pin_memory=accelerator.device.type == 'cuda', generator=torch.Generator())
-    for rows.epoch in range(start//per_epoch, sys.maxsize):
-        if accelerator.num_processes > 1: dataset._bad.copy_(accelerator.reduce(dataset._bad.int().to(accelerator.device)).cpu() > 0) # all stop, or none
-        dataset.set_epoch(rows.epoch); rows.skip = max(0, start - rows.epoch*per_epoch); batches = iter(loader)
+    rows = _Rows(
+        len(dataset), c.batch_size, c.seed, accelerator.process_index, accelerator.num_processes
+    )
+    per_epoch = len(rows)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=rows,
+        num_workers=c.workers,
+        persistent_workers=c.workers > 0,
+        pin_memory=accelerator.device.type == "cuda",
+        generator=torch.Generator(),
+    )
+    for rows.epoch in range(start // per_epoch, sys.maxsize):
+        if accelerator.num_processes > 1:
+            dataset._bad.copy_(
+                accelerator.reduce(dataset._bad.int().to(accelerator.device)).cpu() > 0
+            )  # all stop, or none
+        dataset.set_epoch(rows.epoch)
+        rows.skip = max(0, start - rows.epoch * per_epoch)
+        batches = iter(loader)
         while True:
             clock = time.perf_counter()
-            try: batch = next(batches, None)
+            try:
+                batch = next(batches, None)
             except (RuntimeError, OSError, EOFError) as e:
-                if not c.workers or not _shot(e): raise
-                _settle(e); raise InputError(f'a process that decodes was killed ({(str(e).splitlines() or [type(e).__name__])[0]}); often memory is short: lower --workers') from None
-            if batch is None: break
-            yield batch['video'], time.perf_counter() - clock
+                if not c.workers or not _shot(e):
+                    raise
+                _settle(e)
+                raise InputError(
+                    f"a process that decodes was killed ({(str(e).splitlines() or [type(e).__name__])[0]}); often memory is short: lower --workers"
+                ) from None
+            if batch is None:
+                break
+            yield batch["video"], time.perf_counter() - clock
 
 # %% ../nbs/10_tokenizer_training.ipynb #resume
 _FORMAT = 2
-_FREE = 'log_every norms_every save_every validate_every validation_clips tracker timeout workers cache compile'.split() # may change within a run
+_FREE = [
+    "log_every",
+    "norms_every",
+    "save_every",
+    "validate_every",
+    "validation_clips",
+    "tracker",
+    "timeout",
+    "workers",
+    "cache",
+    "compile",
+]  # may change within a run
+
 
 def _identity(c, dataset):
     "What must not change within a run."
-    files = '\n'.join(f"{'/'.join(Path(path).parts[-2:])} {label}" for path, label in zip(dataset.paths, dataset.labels))
+    files = "\n".join(
+        f"{'/'.join(Path(path).parts[-2:])} {label}"
+        for path, label in zip(dataset.paths, dataset.labels)
+    )
     facts = dict(videos=len(dataset), files=hashlib.sha256(files.encode()).hexdigest()[:16])
     return json.loads(json.dumps({k: v for k, v in asdict(c).items() if k not in _FREE} | facts))
 
-def _state(t): return {k: v for k, v in vars(t).items() if k in ('tokenizer', 'alignment', 'discriminator', 'prior', 'lecam', 'ema', 'surgery', 'scaler') and v}
+
+def _state(t):
+    return {
+        k: v
+        for k, v in vars(t).items()
+        if k
+        in ("tokenizer", "alignment", "discriminator", "prior", "lecam", "ema", "surgery", "scaler")
+        and v
+    }
+
 
 def _save(run, step, identity, t):
-    save_checkpoint(run.path/'checkpoint.safetensors', dict(format=_FORMAT, step=step, identity=identity,
-        parts={k: v.state_dict() for k, v in _state(t).items()}, optimizers={k: o.state_dict() for k, o in t.optimizers.items()}))
+    save_checkpoint(
+        run.path / "checkpoint.safetensors",
+        dict(
+            format=_FORMAT,
+            step=step,
+            identity=identity,
+            parts={k: v.state_dict() for k, v in _state(t).items()},
+            optimizers={k: o.state_dict() for k, o in t.optimizers.items()},
+        ),
+    )
+
 
 def _resume(run, identity, t, main):
     "Restore the last checkpoint of this run, if there is one; returns the step to go on from."
-    file = run.path/'checkpoint.safetensors'
+    file = run.path / "checkpoint.safetensors"
     if not file.exists():
-        if main: write_atomic(run.path/'log.jsonl', '')
+        if main:
+            write_atomic(run.path / "log.jsonl", "")
         return 0
     state = load_checkpoint(file)
-    if state.get('format') != _FORMAT: raise InputError(f"{file} has format {state.get('format', 1)} and this version writes {_FORMAT}; finish it with the version that began it, or choose another --out")
-    then = dict(files=identity['files']) | state['identity'] # older checkpoints do not know their files
-    differ = [f'{k} {then.get(k)} then, {v} now' for k, v in identity.items() if then.get(k) != v]
-    if differ: raise InputError(f'{run.path} holds a run with another {"; ".join(differ)}; choose another --out or start it afresh')
-    for k, v in _state(t).items(): v.load_state_dict(state['parts'][k])
-    for k, o in t.optimizers.items(): o.load_state_dict(state['optimizers'][k])
-    if main: write_atomic(run.path/'log.jsonl', ''.join(json.dumps(l) + '\n' for l in run.history(before=state['step'])))
-    return state['step']
+    if state.get("format") != _FORMAT:
+        raise InputError(
+            f"{file} has format {state.get('format', 1)} and this version writes {_FORMAT}; finish it with the version that began it, or choose another --out"
+        )
+    then = (
+        dict(files=identity["files"]) | state["identity"]
+    )  # older checkpoints do not know their files
+    differ = [f"{k} {then.get(k)} then, {v} now" for k, v in identity.items() if then.get(k) != v]
+    if differ:
+        raise InputError(
+            f"{run.path} holds a run with another {'; '.join(differ)}; choose another --out or start it afresh"
+        )
+    for k, v in _state(t).items():
+        v.load_state_dict(state["parts"][k])
+    for k, o in t.optimizers.items():
+        o.load_state_dict(state["optimizers"][k])
+    if main:
+        write_atomic(
+            run.path / "log.jsonl",
+            "".join(json.dumps(l) + "\n" for l in run.history(before=state["step"])),
+        )
+    return state["step"]
 
 # %% ../nbs/10_tokenizer_training.ipynb #disk
 def _room(run, t):
     "Refuse a disk on which two checkpoints have no room; remove what killed runs left."
-    for old in run.path.glob('*.tmp'): old.unlink(missing_ok=True)
-    weights = sum(p.nbytes for v in _state(t).values() if isinstance(v, torch.nn.Module) for p in v.parameters())
-    need, free = 2*4*weights, shutil.disk_usage(run.path).free
-    if free < need: raise InputError(f'{run.path} has room for {free/1e6:.0f} MB; two checkpoints need {need/1e6:.0f} MB; make room or choose another --out')
+    for old in run.path.glob("*.tmp"):
+        old.unlink(missing_ok=True)
+    weights = sum(
+        p.nbytes
+        for v in _state(t).values()
+        if isinstance(v, torch.nn.Module)
+        for p in v.parameters()
+    )
+    need, free = 2 * 4 * weights, shutil.disk_usage(run.path).free
+    if free < need:
+        raise InputError(
+            f"{run.path} has room for {free / 1e6:.0f} MB; two checkpoints need {need / 1e6:.0f} MB; make room or choose another --out"
+        )
+
 
 def _first_save(run, identity, t, timeout):
     "The checkpoint of step 0; says so if the disk is slow."
-    clock = time.perf_counter(); _save(run, 0, identity, t); seconds = time.perf_counter() - clock
-    if seconds > timeout/2: raise InputError(f'a checkpoint takes {seconds:.0f} s on the disk of {run.path}, and processes wait {timeout} s; raise --timeout or choose another --out')
-    if seconds > 10: print(f'a checkpoint takes {seconds:.0f} s on the disk of {run.path}; a larger --save-every, or another --out, loses less time', file=sys.stderr)
+    clock = time.perf_counter()
+    _save(run, 0, identity, t)
+    seconds = time.perf_counter() - clock
+    if seconds > timeout / 2:
+        raise InputError(
+            f"a checkpoint takes {seconds:.0f} s on the disk of {run.path}, and processes wait {timeout} s; raise --timeout or choose another --out"
+        )
+    if seconds > 10:
+        print(
+            f"a checkpoint takes {seconds:.0f} s on the disk of {run.path}; a larger --save-every, or another --out, loses less time",
+            file=sys.stderr,
+        )
 
 # %% ../nbs/10_tokenizer_training.ipynb #losses
 def _align(c, t, encoded, targets, weights):
     "Weighted alignment terms after gradient surgery, and what to log."
-    L_a, L_m = t.alignment(encoded, *targets); both = all(weights) and all(f is not None for f in targets)
+    L_a, L_m = t.alignment(encoded, *targets)
+    both = all(weights) and all(f is not None for f in targets)
     found, encoder = dict(align_a=L_a, align_m=L_m), t.tokenizer.encoder.parameters()
-    if both and t.collector: t.collector.collect(L_a, L_m, 1/c.accumulate, t.scaler.get_scale()); return {}, found
-    if both and c.surgery == 'sacp':
-        r = t.surgery(L_a, L_m, encoder, weights, t.scaler.get_scale()); return dict(align_a=r.loss_a, align_m=r.loss_m), found
-    terms = dict(align_a=weights[0]*L_a, align_m=weights[1]*L_m)
-    if both and c.surgery == 'soft': terms['soft'] = SoftConflict(c.soft_weight)(L_a, L_m, encoder)
+    if both and t.collector:
+        t.collector.collect(L_a, L_m, 1 / c.accumulate, t.scaler.get_scale())
+        return {}, found
+    if both and c.surgery == "sacp":
+        r = t.surgery(L_a, L_m, encoder, weights, t.scaler.get_scale())
+        return dict(align_a=r.loss_a, align_m=r.loss_m), found
+    terms = dict(align_a=weights[0] * L_a, align_m=weights[1] * L_m)
+    if both and c.surgery == "soft":
+        terms["soft"] = SoftConflict(c.soft_weight)(L_a, L_m, encoder)
     return terms, found
+
 
 def _losses(c, t, x, step, steps):
     "Every term with its weight, every term as it is, and the reconstruction."
-    weights, w = stage_weights(step, steps, (c.lambda_a, c.lambda_m), c.align_share), c.reconstruction_weight
-    with SoftConflict.attention() if c.surgery == 'soft' else contextlib.nullcontext():
-        video, encoded = t.tokenizer(x, step >= c.first_quantized(steps) or bool(c.init), c.align_layer or None)
+    weights, w = (
+        stage_weights(step, steps, (c.lambda_a, c.lambda_m), c.align_share),
+        c.reconstruction_weight,
+    )
+    with SoftConflict.attention() if c.surgery == "soft" else contextlib.nullcontext():
+        video, encoded = t.tokenizer(
+            x, step >= c.first_quantized(steps) or bool(c.init), c.align_layer or None
+        )
     _, found = t.reconstruction(video, x)
-    terms = {k: w*dict(l1=1., l2=c.l2_weight).get(k, c.perceptual_weight)*v for k, v in found.items()}
-    found['quantizer'] = encoded.quantizer_loss; terms['quantizer'] = w*c.quantizer_weight*encoded.quantizer_loss
+    terms = {
+        k: w * dict(l1=1.0, l2=c.l2_weight).get(k, c.perceptual_weight) * v
+        for k, v in found.items()
+    }
+    found["quantizer"] = encoded.quantizer_loss
+    terms["quantizer"] = w * c.quantizer_weight * encoded.quantizer_loss
     if t.discriminator and step >= c.discriminator_start:
-        found['adversarial'] = adversarial_term(t.discriminator, video); terms['adversarial'] = w*c.discriminator_weight*found['adversarial']
+        found["adversarial"] = adversarial_term(t.discriminator, video)
+        terms["adversarial"] = w * c.discriminator_weight * found["adversarial"]
     if t.prior and encoded.indices is not None:
-        found['prior'] = t.prior(t.tokenizer.quantizer.groups(encoded.latents), encoded.indices, t.tokenizer.quantizer.codebook, scheduled_sampling(step, steps))
-        terms['prior'] = w*c.prior_weight*found['prior']
-    targets = teacher_features(*(t.teachers if any(weights) else (None, None)), x, t.tokenizer.config.grid)
+        found["prior"] = t.prior(
+            t.tokenizer.quantizer.groups(encoded.latents),
+            encoded.indices,
+            t.tokenizer.quantizer.codebook,
+            scheduled_sampling(step, steps),
+        )
+        terms["prior"] = w * c.prior_weight * found["prior"]
+    targets = teacher_features(
+        *(t.teachers if any(weights) else (None, None)), x, t.tokenizer.config.grid
+    )
     aligned, seen = _align(c, t, encoded, targets, weights)
     return terms | aligned, found | seen, video
 
@@ -355,187 +728,375 @@ def _losses(c, t, x, step, steps):
 def _update(c, t, names, weights=None):
     "Average, unscale, clip and apply gradients; returns their norm and whether they were applied."
     optimizers = [t.optimizers[n] for n in names if n in t.optimizers]
-    params = [p for o in optimizers for group in o.param_groups for p in group['params']]; learned = [p for p in params if p.grad is not None]
-    for p, g in zip(learned, _average([p.grad for p in learned])): p.grad = g
-    found = t.collector.apply(weights, t.scaler.get_scale()) if weights and t.collector and t.collector.collected else None
-    for o in optimizers: t.scaler.unscale_(o)
-    norm = torch.nn.utils.clip_grad_norm_(params, c.clip_norm or math.inf); sound = bool(norm.isfinite())
-    for o in optimizers if sound else (): t.scaler.step(o)
-    decided = dict(conflict=float(found.conflict), cosine=found.cosine.item(), aligned=float(found.loss_a + found.loss_m)) if found else {}
+    params = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    learned = [p for p in params if p.grad is not None]
+    for p, g in zip(learned, average([p.grad for p in learned])):
+        p.grad = g
+    found = (
+        t.collector.apply(weights, t.scaler.get_scale())
+        if weights and t.collector and t.collector.collected
+        else None
+    )
+    for o in optimizers:
+        t.scaler.unscale_(o)
+    norm = torch.nn.utils.clip_grad_norm_(params, c.clip_norm or math.inf)
+    sound = bool(norm.isfinite())
+    for o in optimizers if sound else ():
+        t.scaler.step(o)
+    decided = (
+        dict(
+            conflict=float(found.conflict),
+            cosine=found.cosine.item(),
+            aligned=float(found.loss_a + found.loss_m),
+        )
+        if found
+        else {}
+    )
     return dict(gradient=norm.item()) | decided, sound
 
 # %% ../nbs/10_tokenizer_training.ipynb #one-step
-def _norms(terms, params, scale=1.):
+def _norms(terms, params, scale=1.0):
     "The norm of the gradient of each term; scale: of a GradScaler, or half-precision gradients would underflow."
-    grads = {k: torch.autograd.grad(v*scale, params, retain_graph=True, allow_unused=True) for k, v in terms.items() if v.requires_grad}
-    return {f'gradient_{k}': torch.stack([x.norm() for x in g if x is not None]).norm()/scale for k, g in grads.items()}
+    grads = {
+        k: torch.autograd.grad(v * scale, params, retain_graph=True, allow_unused=True)
+        for k, v in terms.items()
+        if v.requires_grad
+    }
+    return {
+        f"gradient_{k}": torch.stack([x.norm() for x in g if x is not None]).norm() / scale
+        for k, g in grads.items()
+    }
+
 
 def _step(c, t, x, step, steps):
     "One optimiser step on this process's clips; returns what to log, and whether it was sound."
-    torch.manual_seed((c.seed*1_000_003 + step) % 2**63); device = x.device.type; seen, turn = [], t.discriminator and discriminator_turn(step, c.discriminator_start, c.discriminator_every)
+    torch.manual_seed((c.seed * 1_000_003 + step) % 2**63)
+    device = x.device.type
+    seen, turn = (
+        [],
+        t.discriminator and discriminator_turn(step, c.discriminator_start, c.discriminator_every),
+    )
     for o, rates in zip(t.optimizers.values(), t.rates):
         o.zero_grad()
-        for group, rate in zip(o.param_groups, rates): group['lr'] = rate*learning_rate(step, steps, c.warmup)
+        for group, rate in zip(o.param_groups, rates):
+            group["lr"] = rate * learning_rate(step, steps, c.warmup)
     with autocast(c.precision, device):
-        if step == c.first_quantized(steps) and not c.init: t.tokenizer.quantizer.init_from(t.tokenizer.encode(x, quantize=False).latents)
+        if step == c.first_quantized(steps) and not c.init:
+            t.tokenizer.quantizer.init_from(t.tokenizer.encode(x, quantize=False).latents)
     for part in x.chunk(c.accumulate):
-        with autocast(c.precision, device): terms, found, video = _losses(c, t, part, step, steps)
-        loss = sum(terms.values()); found['loss'] = loss
-        if c.norms_every and (step + 1) % c.norms_every == 0: found |= _norms(terms, [p for p in t.tokenizer.parameters() if p.requires_grad], t.scaler.get_scale())
-        t.scaler.scale(loss/c.accumulate).backward()
+        with autocast(c.precision, device):
+            terms, found, video = _losses(c, t, part, step, steps)
+        loss = sum(terms.values())
+        found["loss"] = loss
+        if c.norms_every and (step + 1) % c.norms_every == 0:
+            found |= _norms(
+                terms,
+                [p for p in t.tokenizer.parameters() if p.requires_grad],
+                t.scaler.get_scale(),
+            )
+        t.scaler.scale(loss / c.accumulate).backward()
         if turn:
-            with autocast(c.precision, device): L_d, judged = discriminator_terms(t.discriminator, part, video, t.lecam)
-            t.scaler.scale(L_d/c.accumulate).backward(); found |= judged
+            with autocast(c.precision, device):
+                L_d, judged = discriminator_terms(t.discriminator, part, video, t.lecam)
+            t.scaler.scale(L_d / c.accumulate).backward()
+            found |= judged
         seen.append({k: v.detach().float() for k, v in found.items()})
-    record, sound = _update(c, t, ('muon', 'adam'), stage_weights(step, steps, (c.lambda_a, c.lambda_m), c.align_share))
-    if turn: sound &= _update(c, t, ('discriminator',))[1]
+    record, sound = _update(
+        c, t, ("muon", "adam"), stage_weights(step, steps, (c.lambda_a, c.lambda_m), c.align_share)
+    )
+    if turn:
+        sound &= _update(c, t, ("discriminator",))[1]
     t.scaler.update()
-    if sound and t.ema: t.ema.update_parameters(t.tokenizer)
-    means = {k: sum(s[k] for s in seen)/len(seen) for k in seen[0]}; means['loss'] = means['loss'] + record.pop('aligned', 0.)
+    if sound and t.ema:
+        t.ema.update_parameters(t.tokenizer)
+    means = {k: sum(s[k] for s in seen) / len(seen) for k in seen[0]}
+    means["loss"] = means["loss"] + record.pop("aligned", 0.0)
     return means | record, sound
 
 # %% ../nbs/10_tokenizer_training.ipynb #record
 @torch.no_grad()
-def reconstruct_set(tokenizer, # a tokenizer
-                    clips:torch.Tensor, # (N, 3, T, H, W) in [0, 1]
-                    batch_size:int=50
-                   ) -> tuple[torch.Tensor, torch.Tensor]: # videos clamped to [0, 1], indices (N, L)
+def reconstruct_set(
+    tokenizer,  # a tokenizer
+    clips: torch.Tensor,  # (N, 3, T, H, W) in [0, 1]
+    batch_size: int = 50,
+) -> tuple[torch.Tensor, torch.Tensor]:  # videos clamped to [0, 1], indices (N, L)
     "Reconstruct many clips in evaluation mode."
-    training, device = tokenizer.training, next(tokenizer.parameters()).device; tokenizer.eval()
-    out = [tokenizer(x.to(device)) for x in clips.split(batch_size)]; tokenizer.train(training)
-    return torch.cat([o.video.clamp(0, 1).float().cpu() for o in out]), torch.cat([o.encoded.indices.cpu() for o in out])
+    training, device = tokenizer.training, next(tokenizer.parameters()).device
+    tokenizer.eval()
+    out = [tokenizer(x.to(device)) for x in clips.split(batch_size)]
+    tokenizer.train(training)
+    return torch.cat([o.video.clamp(0, 1).float().cpu() for o in out]), torch.cat(
+        [o.encoded.indices.cpu() for o in out]
+    )
 
-def _model(t): return t.ema.module if t.ema else t.tokenizer
+
+def _model(t):
+    return t.ema.module if t.ema else t.tokenizer
+
 
 def _validate(c, t, held, run, step, show=8):
     "Reconstruct held-out clips: numbers for the log, pictures for the eye."
-    pictures, indices = reconstruct_set(_model(t), held, max(1, c.batch_size//2)); folder = run.path/'validation'; folder.mkdir(exist_ok=True)
-    both = torch.cat([held[:show], pictures[:show]]); write_atomic(folder/f'step-{step:07d}.png', animation(both, columns=len(both)//2, zoom=1))
+    pictures, indices = reconstruct_set(_model(t), held, max(1, c.batch_size // 2))
+    folder = run.path / "validation"
+    folder.mkdir(exist_ok=True)
+    both = torch.cat([held[:show], pictures[:show]])
+    write_atomic(folder / f"step-{step:07d}.png", animation(both, columns=len(both) // 2, zoom=1))
     stats = codebook_stats(indices, t.tokenizer.config.codebook_size)
-    return dict(val_psnr=-10*math.log10((pictures - held).pow(2).mean()), val_usage=stats['usage'], val_perplexity=stats['perplexity'])
+    return dict(
+        val_psnr=-10 * math.log10((pictures - held).pow(2).mean()),
+        val_usage=stats["usage"],
+        val_perplexity=stats["perplexity"],
+    )
+
 
 def _record(c, t, found, accelerator, meter, step, steps):
     "One line of the log, all of it numbers."
-    keys = sorted(k for k, v in found.items() if isinstance(v, torch.Tensor)); means = accelerator.reduce(torch.stack([found[k] for k in keys]), 'mean').tolist()
-    seconds = time.perf_counter() - meter.clock; per_step = seconds/max(1, meter.steps); device = accelerator.device
-    values = dict(step=step, **{k: v for k, v in found.items() if k not in keys}, **dict(zip(keys, means)), skipped=meter.skipped)
-    values['psnr'] = -10*math.log10(max(values['l2'], 1e-12)) if math.isfinite(values['l2']) else None
-    values['codes_in_use'] = (t.tokenizer.quantizer.used > .01).float().mean().item() if hasattr(t.tokenizer.quantizer, 'used') else None
-    if t.surgery.decisions: values |= t.surgery.statistics([n for n, p in t.tokenizer.encoder.named_parameters() if p.requires_grad])
-    peak = torch.cuda.max_memory_allocated(device)/1e9 if device.type == 'cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e6
-    values |= dict(clips_per_second=c.batch_size/per_step, waiting=meter.waited/seconds, memory_gb=peak, hours_left=per_step*(steps - step)/3600)
+    keys = sorted(k for k, v in found.items() if isinstance(v, torch.Tensor))
+    means = accelerator.reduce(torch.stack([found[k] for k in keys]), "mean").tolist()
+    seconds = time.perf_counter() - meter.clock
+    per_step = seconds / max(1, meter.steps)
+    device = accelerator.device
+    values = dict(
+        step=step,
+        **{k: v for k, v in found.items() if k not in keys},
+        **dict(zip(keys, means)),
+        skipped=meter.skipped,
+    )
+    values["psnr"] = (
+        -10 * math.log10(max(values["l2"], 1e-12)) if math.isfinite(values["l2"]) else None
+    )
+    values["codes_in_use"] = (
+        (t.tokenizer.quantizer.used > 0.01).float().mean().item()
+        if hasattr(t.tokenizer.quantizer, "used")
+        else None
+    )
+    if t.surgery.decisions:
+        values |= t.surgery.statistics(
+            [n for n, p in t.tokenizer.encoder.named_parameters() if p.requires_grad]
+        )
+    peak = (
+        torch.cuda.max_memory_allocated(device) / 1e9
+        if device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    )
+    values |= dict(
+        clips_per_second=c.batch_size / per_step,
+        waiting=meter.waited / seconds,
+        memory_gb=peak,
+        hours_left=per_step * (steps - step) / 3600,
+    )
     meter.restart()
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
+    }
 
-TIMES = 'clips_per_second', 'waiting', 'memory_gb', 'hours_left' # of a line of the log: what differs between equal runs
+
+TIMES = (
+    "clips_per_second",
+    "waiting",
+    "memory_gb",
+    "hours_left",
+)  # of a line of the log: what differs between equal runs
 
 # %% ../nbs/10_tokenizer_training.ipynb #faults
 @contextlib.contextmanager
 def _signals():
     "Collect SIGTERM and the first Ctrl-C, so that a step ends before the run does."
     asked = []
-    if threading.current_thread() is not threading.main_thread(): yield asked; return
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
     def note(number, frame):
-        if number == signal.SIGINT and asked: raise KeyboardInterrupt
+        if number == signal.SIGINT and asked:
+            raise KeyboardInterrupt
         asked.append(number)
+
     before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
-    try: yield asked
+    try:
+        yield asked
     finally:
-        for s, handler in before.items(): signal.signal(s, handler)
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
 
 @contextlib.contextmanager
 def _together(accelerator, run):
     "One line for the processes that remain when another is gone."
-    try: yield
+    try:
+        yield
     except RuntimeError as e:
-        gone = 'closed by peer', 'connection', 'timed out', 'nccl', 'gloo', 'socket'
-        if accelerator.num_processes == 1 or not any(word in str(e).lower() for word in gone): raise
-        raise InputError(f'process {accelerator.process_index} lost another one ({str(e).strip().splitlines()[-1][:120]}); the same command goes on from the checkpoint in {run.path}') from None
+        gone = "closed by peer", "connection", "timed out", "nccl", "gloo", "socket"
+        if accelerator.num_processes == 1 or not any(word in str(e).lower() for word in gone):
+            raise
+        raise InputError(
+            f"process {accelerator.process_index} lost another one ({str(e).strip().splitlines()[-1][:120]}); the same command goes on from the checkpoint in {run.path}"
+        ) from None
+
 
 def _asked(asked, accelerator):
     "The signal that this process, or another, was sent."
     number = torch.tensor(float(asked[0] if asked else 0), device=accelerator.device)
-    if accelerator.num_processes > 1: dist.all_reduce(number, dist.ReduceOp.MAX)
+    if accelerator.num_processes > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number)
+
 
 def _leave(run, t):
     "Write the tokenizer beside its place, and move it there."
-    folder, part = run.path/'tokenizer', run.path/f'tokenizer.{os.getpid()}.tmp'
-    _model(t).save_pretrained(part); shutil.rmtree(folder, ignore_errors=True); part.rename(folder)
+    folder, part = run.path / "tokenizer", run.path / f"tokenizer.{os.getpid()}.tmp"
+    _model(t).save_pretrained(part)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
 
 # %% ../nbs/10_tokenizer_training.ipynb #begin
 def _accelerator(c, out):
     "accelerate's devices, processes and trackers; told of a CPU, it also joins several processes there, until Python ends."
-    import torch.distributed.nn # its default arguments would keep the group of processes for ever, were it imported later
-    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group()) # else its threads may abort Python at the end
-    return Accelerator(cpu=not torch.accelerator.is_available(), log_with=c.tracker or None, project_dir=str(out),
-                       kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=c.timeout))])
+    import torch.distributed.nn  # its default arguments would keep the group of processes for ever, were it imported later
+
+    atexit.register(
+        lambda: dist.is_initialized() and dist.destroy_process_group()
+    )  # else its threads may abort Python at the end
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        log_with=c.tracker or None,
+        project_dir=str(out),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=c.timeout))],
+    )
+
 
 class _Meter:
     "Steps, time waited for data and unsound steps since the last line of the log."
-    def __init__(self): self.skipped = self.unsound = 0; self.restart()
-    def restart(self): self.clock, self.waited, self.steps = time.perf_counter(), 0., 0
+
+    def __init__(self):
+        self.skipped = self.unsound = 0
+        self.restart()
+
+    def restart(self):
+        self.clock, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
     def count(self, waited, sound):
-        self.steps += 1; self.waited += waited; self.skipped += not sound; self.unsound = 0 if sound else self.unsound + 1
+        self.steps += 1
+        self.waited += waited
+        self.skipped += not sound
+        self.unsound = 0 if sound else self.unsound + 1
+
 
 class _Saved:
     "Writes checkpoints, in the main process, and knows the last one."
-    def __init__(self, step, write): self.step, self.write = step, write
+
+    def __init__(self, step, write):
+        self.step, self.write = step, write
+
     def __call__(self, step):
-        if step != self.step: self.write(step); self.step = step
+        if step != self.step:
+            self.write(step)
+            self.step = step
+
 
 def _begin(c, run, tokenizer, dataset, accelerator):
     "Networks, held-out clips, the step to start from, and what writes checkpoints."
-    t, identity, main = _parts(c, tokenizer, accelerator.device), _identity(c, dataset), accelerator.is_main_process
-    if main: _room(run, t)
-    start, held = _resume(run, identity, t, main), _validation(c, tokenizer.config) if main else None
-    if main: RunFolder(run.path, c)
-    if main and not start: _first_save(run, identity, t, c.timeout)
-    if c.tracker: accelerator.init_trackers('dera', {k: str(v) for k, v in asdict(c).items()})
-    return t, held, start, _Saved(start, lambda step: _save(run, step, identity, t) if main else None)
+    t, identity, main = (
+        _parts(c, tokenizer, accelerator.device),
+        _identity(c, dataset),
+        accelerator.is_main_process,
+    )
+    if main:
+        _room(run, t)
+    start, held = (
+        _resume(run, identity, t, main),
+        _validation(c, tokenizer.config) if main else None,
+    )
+    if main:
+        RunFolder(run.path, c)
+    if main and not start:
+        _first_save(run, identity, t, c.timeout)
+    if c.tracker:
+        accelerator.init_trackers("dera", {k: str(v) for k, v in asdict(c).items()})
+    return (
+        t,
+        held,
+        start,
+        _Saved(start, lambda step: _save(run, step, identity, t) if main else None),
+    )
+
 
 def _end(c, t, run, accelerator, asked, step):
     "Write the tokenizer; say why the run ends early, if it does."
-    if accelerator.is_main_process: _leave(run, t)
-    if c.tracker: accelerator.end_training()
-    if not asked: return
-    if accelerator.is_main_process: print(f'stopped after step {step}; the same command goes on from there', file=sys.stderr)
+    if accelerator.is_main_process:
+        _leave(run, t)
+    if c.tracker:
+        accelerator.end_training()
+    if not asked:
+        return
+    if accelerator.is_main_process:
+        print(f"stopped after step {step}; the same command goes on from there", file=sys.stderr)
     raise SystemExit(0) if asked[0] == signal.SIGTERM else KeyboardInterrupt
 
 # %% ../nbs/10_tokenizer_training.ipynb #train
-def train_tokenizer(config:TokenizerTraining, # what to do
-                    out:str|Path, # run folder; the tokenizer lands in out/tokenizer
-                    tokenizer=None, # train this one instead of a new one
-                    stop_after:int|None=None # leave after this many steps, to be resumed
-                   ) -> torch.nn.Module: # the tokenizer in evaluation mode, on the CPU
+def train_tokenizer(
+    config: TokenizerTraining,  # what to do
+    out: str | Path,  # run folder; the tokenizer lands in out/tokenizer
+    tokenizer=None,  # train this one instead of a new one
+    stop_after: int | None = None,  # leave after this many steps, to be resumed
+) -> torch.nn.Module:  # the tokenizer in evaluation mode, on the CPU
     "Train a tokenizer, or go on where the run folder's last checkpoint ends."
-    c, run = config, RunFolder(out); run.check_writable(); _check(c, int(os.environ.get('WORLD_SIZE', 1))); accelerator = _accelerator(c, out); main = accelerator.is_main_process
-    seed_everything(c.seed); tokenizer = _tokenizer(c, tokenizer); dataset = _training(c, tokenizer.config)
-    steps = round(c.epochs*(len(dataset)//c.batch_size)) if c.epochs > 0 else c.steps
-    t, held, start, saved = _begin(c, run, tokenizer, dataset, accelerator); meter, feed = _Meter(), _feed(dataset, c, start, accelerator)
-    bar = tqdm(total=steps, initial=start, desc='training tokenizer', unit='step', disable=not main)
+    c, run = config, RunFolder(out)
+    run.check_writable()
+    _check(c, int(os.environ.get("WORLD_SIZE", 1)))
+    accelerator = _accelerator(c, out)
+    main = accelerator.is_main_process
+    seed_everything(c.seed)
+    tokenizer = _tokenizer(c, tokenizer)
+    dataset = _training(c, tokenizer.config)
+    steps = round(c.epochs * (len(dataset) // c.batch_size)) if c.epochs > 0 else c.steps
+    t, held, start, saved = _begin(c, run, tokenizer, dataset, accelerator)
+    meter, feed = _Meter(), _feed(dataset, c, start, accelerator)
+    bar = tqdm(total=steps, initial=start, desc="training tokenizer", unit="step", disable=not main)
     with _signals() as asked, _together(accelerator, run):
         for step in range(start, min(steps, stop_after or steps)):
-            try: x, waited = next(feed)
-            except InputError: saved(step); raise
-            found, sound = _step(c, t, x.to(accelerator.device, non_blocking=True), step, steps); done = step + 1
-            leaving = _asked(asked, accelerator); last = leaving or done == steps; meter.count(waited, sound); bar.update()
-            if meter.unsound == 10: raise InputError(f'10 steps in a row, up to step {done}, had a loss or gradient that is not finite; the checkpoint of step {saved.step} in {run.path} is sound: lower the learning rate, or --precision no')
+            try:
+                x, waited = next(feed)
+            except InputError:
+                saved(step)
+                raise
+            found, sound = _step(c, t, x.to(accelerator.device, non_blocking=True), step, steps)
+            done = step + 1
+            leaving = _asked(asked, accelerator)
+            last = leaving or done == steps
+            meter.count(waited, sound)
+            bar.update()
+            if meter.unsound == 10:
+                raise InputError(
+                    f"10 steps in a row, up to step {done}, had a loss or gradient that is not finite; the checkpoint of step {saved.step} in {run.path} is sound: lower the learning rate, or --precision no"
+                )
             look = held is not None and (last or c.validate_every and done % c.validate_every == 0)
             if last or look or done % c.log_every == 0:
-                line = _record(c, t, found, accelerator, meter, done, steps); bar.set_postfix(psnr=f"{line['psnr'] or 0:.1f}")
-                if look: line |= _validate(c, t, held, run, done)
-                if main: run.log(**line)
-                if c.tracker: accelerator.log({k: v for k, v in line.items() if isinstance(v, (int, float))}, step=done)
-            if sound and (last or done % c.save_every == 0): saved(done)
-            if leaving: break
-    bar.close(); _end(c, t, run, accelerator, asked, saved.step)
+                line = _record(c, t, found, accelerator, meter, done, steps)
+                bar.set_postfix(psnr=f"{line['psnr'] or 0:.1f}")
+                if look:
+                    line |= _validate(c, t, held, run, done)
+                if main:
+                    run.log(**line)
+                if c.tracker:
+                    accelerator.log(
+                        {k: v for k, v in line.items() if isinstance(v, (int, float))}, step=done
+                    )
+            if sound and (last or done % c.save_every == 0):
+                saved(done)
+            if leaving:
+                break
+    bar.close()
+    _end(c, t, run, accelerator, asked, saved.step)
     return _model(t).cpu().eval()
 
 # %% ../nbs/10_tokenizer_training.ipynb #main
 def main():
     "Entry of `accelerate launch -m dera.train_tokenizer`, the same as `dera train-tokenizer`."
-    from dera.cli import main as dera
-    dera(['train-tokenizer', *sys.argv[1:]])
+    from dera.tools.cli import main as dera
 
-if __name__ == '__main__' and '__file__' in globals(): main()
+    dera(["train-tokenizer", *sys.argv[1:]])
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    main()
