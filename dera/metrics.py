@@ -8,8 +8,8 @@ __all__ = ['PROTOCOLS', 'psnr', 'baselines', 'ssim', 'lpips', 'GaussianStats', '
            'save_stats', 'load_stats', 'linear_probe', 'token_swap', 'FactorClassifier', 'factor_accuracy',
            'train_factor_classifier', 'load_factor_classifier', 'extrapolated_distance', 'factor_classes', 'fit_probes',
            'probe_accuracy', 'teacher_pair', 'Verdict', 'agreement', 'swap_study', 'share_study', 'probe_study',
-           'load_tokenizer', 'study_once', 'decoupling_study', 'h264', 'reconstruct', 'evaluation_table',
-           'evaluate_tokenizer', 'evaluate_generator', 'evaluate_prediction']
+           'study_once', 'decoupling_study', 'h264', 'reconstruct', 'evaluation_table', 'evaluate_tokenizer',
+           'evaluate_generator', 'evaluate_prediction']
 
 # %% ../nbs/13_evaluation.ipynb #imports
 import hashlib
@@ -1140,31 +1140,7 @@ def probe_study(
     )
 
 # %% ../nbs/13_evaluation.ipynb #load-any
-def load_tokenizer(
-    folder: str | Path,  # holds config.json and model.safetensors
-):  # a DeRATokenizer, QueryTokenizer or GridTokenizer, whichever was saved
-    "Load a tokenizer without being told its class."
-    from safetensors import safe_open
-
-    from dera.query import GridTokenizer, QueryTokenizer
-    from dera.streams import DeRATokenizer
-
-    file = Path(folder) / "model.safetensors"
-    try:
-        with safe_open(file, "pt") as f:
-            names = set(f.keys())
-    except Exception:
-        raise InputError(
-            f"no tokenizer in {folder}; train one first, or name a folder with config.json and model.safetensors"
-        ) from None
-    kind = (
-        DeRATokenizer
-        if "appearance_queries" in names
-        else QueryTokenizer
-        if "queries" in names
-        else GridTokenizer
-    )
-    return load_model(kind, folder)
+from .streams import load_tokenizer
 
 # %% ../nbs/13_evaluation.ipynb #study
 def _rounded(tree):

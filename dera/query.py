@@ -4,28 +4,22 @@
 
 # %% auto #0
 __all__ = ['patchify', 'unpatchify', 'sincos_positions', 'gaussian_positions', 'Block', 'Transformer', 'TokenizerConfig',
-           'num_appearance_codes', 'Encoded', 'TokenizerOutput', 'GridTokenizer', 'coarse_queries', 'QueryTokenizer']
+           'num_appearance_codes', 'Encoded', 'TokenizerOutput', 'BaseTokenizer', 'GridTokenizer', 'coarse_queries',
+           'QueryTokenizer']
 
 # %% ../nbs/03_query_tokenization.ipynb #imports
-import contextlib
-import io
-import json
-import sys
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from huggingface_hub import PyTorchModelHubMixin
-from safetensors import safe_open
-from safetensors.torch import save_model
 from torch.utils.checkpoint import checkpoint as recompute
 
 from .quantize import Quantized, StochasticVectorQuantizer
 from .runtime.errors import InputError
+from .runtime.hub import HubModel
 
 # %% ../nbs/03_query_tokenization.ipynb #patchify
 def patchify(
@@ -333,92 +327,6 @@ def num_appearance_codes(
     "How many of a clip's indices, from the first one on, belong to the appearance stream."
     return config.num_appearance * getattr(config, "codes_per_token", 1)
 
-# %% ../nbs/03_query_tokenization.ipynb #saved
-_FREE = {
-    "temperature",
-    "restart",
-    "tie",
-    "seed",
-    "checkpoint",
-}  # may differ from what a file was saved with
-
-
-def _check_place(name):
-    "Refuse a folder that holds no model; say so before the Hub is asked."
-    place = Path(name)
-    if place.is_dir():
-        missing = [f for f in ("config.json", "model.safetensors") if not (place / f).is_file()]
-        if missing:
-            raise InputError(
-                f"the folder has no {' and no '.join(missing)}; pickles such as pytorch_model.bin are never opened"
-            )
-    elif place.exists() or len(place.parts) > 2 or name[:1] in ".~/" or "\\" in name:
-        raise InputError("there is no such folder")
-    else:
-        print(f"{name} is no folder here: asking the Hugging Face Hub for it", file=sys.stderr)
-
-
-def _check_file(path, config):
-    "Refuse a damaged file and one of another configuration; only the header is read."
-    try:
-        with safe_open(path, "pt") as f:
-            saved = json.loads((f.metadata() or {}).get("config", "{}"))
-    except Exception as e:
-        raise InputError(
-            f"model.safetensors is damaged or something else ({e}); copy it again"
-        ) from None
-    differ = [
-        f"{k} {saved[k]} and not {v}"
-        for k, v in json.loads(json.dumps(asdict(config))).items()
-        if k not in _FREE and saved.get(k, v) != v
-    ]
-    if differ:
-        raise InputError(
-            f"model.safetensors was saved with {', '.join(differ[:3])}; config.json belongs to another file"
-        )
-
-# %% ../nbs/03_query_tokenization.ipynb #saved-class
-class _Saved(PyTorchModelHubMixin):
-    "huggingface_hub's mixin, which opens safetensors only and refuses in one line."
-
-    def _save_pretrained(self, save_directory):
-        save_model(
-            self,
-            str(save_directory / "model.safetensors"),
-            metadata=dict(format="pt", config=json.dumps(asdict(self.config))),
-        )
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path,  # a folder, or a name on the Hugging Face Hub
-        *,
-        strict=True,
-        **options,
-    ):  # as huggingface_hub's mixin
-        "Load what `save_pretrained` wrote, in evaluation mode."
-        name = str(pretrained_model_name_or_path)
-        try:
-            _check_place(name)
-            with contextlib.redirect_stdout(io.StringIO()):
-                return super().from_pretrained(name, strict=strict, **options)
-        except Exception as e:
-            lines = [l.strip() for l in str(e).splitlines() if l.strip()] or [type(e).__name__]
-            raise InputError(
-                f"no {cls.__name__} in {name}: {lines[1 if lines[0].startswith('Error(s) in loading') else 0][:300]}"
-            ) from None
-
-    @classmethod
-    def _load_as_safetensor(cls, model, model_file, map_location, strict):
-        _check_file(model_file, model.config)
-        return super()._load_as_safetensor(model, model_file, map_location, strict)
-
-    @classmethod
-    def _load_as_pickle(cls, *args):
-        raise InputError(
-            "it has no model.safetensors; pickles such as pytorch_model.bin are never opened"
-        )
-
 # %% ../nbs/03_query_tokenization.ipynb #tokenizer
 class Encoded(NamedTuple):
     "What `encode` returns."
@@ -458,14 +366,11 @@ def _linear_zero(dim, out):  # a layer that starts by answering zero
     return layer
 
 
-class _Tokenizer(
-    nn.Module,
-    _Saved,
-    library_name="dera",
-    license="apache-2.0",
-    paper_url="https://arxiv.org/abs/2512.04483",
-):
+class BaseTokenizer(nn.Module, HubModel):
     "Bottleneck and interface; a subclass adds `_streams(video, tap) -> (Z, E_a, E_m)`."
+
+    # how it starts and trains; what it computes once trained does not depend on these
+    may_differ = frozenset({"temperature", "restart", "tie", "seed", "checkpoint"})
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
@@ -555,7 +460,7 @@ def _decode(model, tokens):
     return 0.5 + 0.5 * unpatchify(model.out(Z_d), c.grid, c.patch_t, c.patch_p)
 
 # %% ../nbs/03_query_tokenization.ipynb #grid
-class GridTokenizer(_Tokenizer):
+class GridTokenizer(BaseTokenizer):
     "Tokens are the patches of the clip (Fig. 1a)."
 
     def __init__(self, config: TokenizerConfig):
@@ -591,7 +496,7 @@ def coarse_queries(
     )
 
 
-class QueryTokenizer(_Tokenizer):
+class QueryTokenizer(BaseTokenizer):
     "Tokens are the encoder's outputs at learned queries over the whole clip (Fig. 1b, LARP)."
 
     def __init__(self, config: TokenizerConfig):
