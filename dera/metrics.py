@@ -9,7 +9,7 @@ __all__ = ['PROTOCOLS', 'psnr', 'baselines', 'ssim', 'lpips', 'GaussianStats', '
            'train_factor_classifier', 'load_factor_classifier', 'extrapolated_distance', 'factor_classes', 'fit_probes',
            'probe_accuracy', 'teacher_pair', 'Verdict', 'agreement', 'swap_study', 'share_study', 'probe_study',
            'study_once', 'decoupling_study', 'h264', 'reconstruct', 'evaluation_table', 'evaluate_tokenizer',
-           'evaluate_generator', 'evaluate_prediction']
+           'evaluate_generator', 'evaluate_prediction', 'load_tokenizer']
 
 # %% ../nbs/13_evaluation.ipynb #imports
 import hashlib
@@ -1141,6 +1141,9 @@ def probe_study(
 
 # %% ../nbs/13_evaluation.ipynb #load-any
 from .streams import load_tokenizer
+
+# %% ../nbs/13_evaluation.ipynb #load-any-all
+_all_ = ["load_tokenizer"]
 
 # %% ../nbs/13_evaluation.ipynb #study
 def _rounded(tree):
