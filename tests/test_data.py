@@ -19,22 +19,22 @@ import dera.data as data
 from dera.data import (
     Manifest,
     VideoClips,
-    audit,
-    audit_table,
     folder_manifest,
     frame_indices,
     kinetics_manifest,
     loader,
     manifest,
     mixed,
-    prepare,
     probe,
     read_chunks,
     read_clip,
     ucf101_manifest,
 )
 from dera.pocket import CLASSES, render, sample_factors, write_dataset, write_video
+from dera.runtime import video, writing
 from dera.runtime.errors import InputError
+from dera.runtime.workers import for_each
+from dera.tools.audit import audit, audit_table, prepare
 
 N, FRAMES = 20, 20
 
@@ -788,11 +788,11 @@ def test_children_that_die_do_not_stop_the_rest():
         return n * n
 
     for workers in 1, 3:
-        assert dict(data._each(work, range(12), workers)) == {
+        assert dict(for_each(work, range(12), workers)) == {
             n: None if n % 5 == 2 else n * n for n in range(12)
         }
-    assert list(data._each(work, [], 2)) == []
-    left = data._each(work, range(1000), 2)
+    assert list(for_each(work, [], 2)) == []
+    left = for_each(work, range(1000), 2)
     next(left)
     left.close()  # leaving early leaves no process
     assert not __import__("multiprocessing").active_children()
@@ -934,14 +934,14 @@ def test_audit_knows_videos_by_their_names(world, tmp_path):
 
 
 def test_audit_survives_a_decoder_that_crashes(world, monkeypatch):
-    victim, load = str(world[0] / world[1][4]), data._load
+    victim, load = str(world[0] / world[1][4]), video.load_frames
 
     def crash(path, *rest):
         if str(path) == victim:
             os.kill(os.getpid(), signal.SIGKILL)
         return load(path, *rest)
 
-    monkeypatch.setattr(data, "_load", crash)
+    monkeypatch.setattr(video, "load_frames", crash)
     report = audit(world[0], workers=2)  # children inherit the crash
     assert (
         [d["path"] for d in report["undecodable"]] == [victim]
@@ -951,7 +951,7 @@ def test_audit_survives_a_decoder_that_crashes(world, monkeypatch):
 
 
 def test_a_full_audit_reads_every_frame(tmp_path, monkeypatch, world):
-    read, load = tmp_path / "read.txt", data._load
+    read, load = tmp_path / "read.txt", video.load_frames
 
     def spy(path, size, indices, *rest):
         def noted(n):
@@ -962,7 +962,7 @@ def test_a_full_audit_reads_every_frame(tmp_path, monkeypatch, world):
 
         return load(path, size, noted, *rest)
 
-    monkeypatch.setattr(data, "_load", spy)
+    monkeypatch.setattr(video, "load_frames", spy)
     for full, last in (False, 8), (True, FRAMES):
         read.unlink(missing_ok=True)
         audit(world[0], num_frames=8, full=full, workers=1)
@@ -1123,12 +1123,12 @@ def test_prepare_keeps_kinetics_layout_and_small_files(tmp_path, world, monkeypa
     a, b = (kinetics_manifest(r, "train") for r in (k600, tmp_path / "out"))
     assert a[1] == b[1] and [l for _, l in a[0]] == [l for _, l in b[0]]
     assert (probe(b[0][0][0]).height, probe(b[0][0][0]).width) == (64, 64)  # never enlarged
-    victim, encode = str(tmp_path / "two"), data._encode
+    victim, encode = str(tmp_path / "two"), writing.encode_frames
     monkeypatch.setattr(
-        data,
-        "_encode",
-        lambda path, *rest: (
-            os.kill(os.getpid(), signal.SIGKILL) if names[1] in str(path) else encode(path, *rest)
+        writing,
+        "encode_frames",
+        lambda path, *rest, **more: (
+            os.kill(os.getpid(), signal.SIGKILL) if names[1] in str(path) else encode(path, *rest, **more)
         ),
     )
     report = prepare(k600, victim, workers=2)
@@ -1138,10 +1138,10 @@ def test_prepare_keeps_kinetics_layout_and_small_files(tmp_path, world, monkeypa
         and names[1] in report["bad"][0]["path"]
     )
 
-    def full(path, *rest):
+    def full(path, *rest, **more):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data, "_encode", full)
+    monkeypatch.setattr(writing, "encode_frames", full)
     with pytest.raises(InputError) as e:
         prepare(k600, victim + "x", workers=2)
     one_line(e, "No space", "same command")

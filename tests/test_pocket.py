@@ -15,11 +15,11 @@ from torch.nn.functional import avg_pool2d
 from torch.overrides import TorchFunctionMode
 
 from dera.pocket import (
-    _RANGES,
     BACKGROUNDS,
     CLASSES,
     LEVELS,
     MOTIONS,
+    RANGES,
     SHAPES,
     TEXTURES,
     Factors,
@@ -41,7 +41,7 @@ def same(a, b):
 
 
 def double(f):
-    return replace(f, **{k: getattr(f, k).double() for k in _RANGES})
+    return replace(f, **{k: getattr(f, k).double() for k in RANGES})
 
 
 def every(n, seed, level="busy"):
@@ -155,7 +155,7 @@ def test_levels_change_only_textures_and_backgrounds():
             f["plain"],
             replace(f[level], texture=f["plain"].texture, background=f["plain"].background),
         )
-    for name, (low, high) in _RANGES.items():
+    for name, (low, high) in RANGES.items():
         v = getattr(f["busy"], name)
         assert (
             low <= v.min() < low + 0.01 * (high - low)
@@ -168,8 +168,8 @@ def test_all_pairs_of_factors_are_independent():
     columns, counts = [], []
     f = sample_factors(n, 123, "busy")
     for k in FIELDS:
-        low, high = _RANGES.get(k, (0, len(CATEGORIES.get(k, []))))
-        counts.append(bins if k in _RANGES else high)
+        low, high = RANGES.get(k, (0, len(CATEGORIES.get(k, []))))
+        counts.append(bins if k in RANGES else high)
         columns.append(
             ((getattr(f, k).double().numpy() - low) / (high - low) * counts[-1])
             .astype(int)
@@ -261,7 +261,7 @@ def test_cpu_and_gpu_draw_the_same(level):
 
 def test_one_field_of_another_precision():
     f = every(28, 1)
-    for name in _RANGES:
+    for name in RANGES:
         mixed = render(replace(f, **{name: getattr(f, name).double()}), 2, 16)
         assert mixed.dtype == torch.float64 and (mixed - render(f, 2, 16)).abs().max() < 1e-4
     assert render(f, 2, 16).dtype == torch.float32
@@ -299,7 +299,7 @@ def test_every_class_moves_and_looks_different():
     ).min() > 0.2
 
 
-@pytest.mark.parametrize("name", _RANGES)
+@pytest.mark.parametrize("name", RANGES)
 def test_gradients_against_finite_differences(name):
     f, e = double(every(56, 6)), 1e-7
     value = getattr(f, name)
@@ -321,7 +321,7 @@ def test_gradients_are_finite_where_a_pixel_is_the_centre():
         tilt=torch.zeros(14),
         motion=torch.full((14,), MOTIONS.index("Grow")),
     )
-    leaves = {k: getattr(f, k).clone().requires_grad_() for k in _RANGES}
+    leaves = {k: getattr(f, k).clone().requires_grad_() for k in RANGES}
     render(replace(f, **leaves), 3, 33).sum().backward()  # 33: the middle pixel is at 0, 0
     assert (
         all(v.grad.isfinite().all() for k, v in leaves.items() if v.grad is not None)

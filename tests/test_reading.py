@@ -15,6 +15,8 @@ import torch
 
 import dera.data as data
 from dera.data import frame_indices, probe, read_chunks, read_clip
+from dera.runtime import containers, video
+from dera.runtime.containers import opened, survey
 from dera.pocket import render, sample_factors, write_video
 from dera.runtime.errors import InputError
 
@@ -144,17 +146,17 @@ def one_line(error, *parts):
 
 def reached(path, number):
     "How many frames are decoded to read one of them by jumping; None where the proof fails."
-    with data._opened(path) as (file, stream):
-        index, _, _ = data._survey(path, file, stream)
+    with opened(path) as (file, stream):
+        index = survey(path, file, stream).index
         seen = []
-        real, data._from_key = data._from_key, lambda *a: (seen.append(x[0]) or x for x in real(*a))
+        real, video.from_key = video.from_key, lambda *a: (seen.append(x[0]) or x for x in real(*a))
         try:
-            next(data._jumping(file, stream, index, [number]))
+            next(video.jumping(file, stream, index, [number]))
             return len(seen)
         except (ValueError, RuntimeError, IndexError, av.error.FFmpegError):
             return None
         finally:
-            data._from_key = real
+            video.from_key = real
 
 
 # ---- which frames
@@ -302,16 +304,16 @@ def check_every_frame(path, decord, proven):
     assert (
         probe(path).num_frames == n and (probe(path).height, probe(path).width) == true[0].shape[:2]
     )
-    small = torch.stack([data._fit(f, size) for f in true]).int()
+    small = torch.stack([video.fit(f, size) for f in true]).int()
     sets = [[*range(n)], [0, n - 1], [*range(n - n // 3, n)], [*range(0, n, 7)], [n // 2] * 3] + [
         [k] for k in range(n)
     ]
     for backend in "pyav", "decord":
         for k in sets[: None if backend == "pyav" else 7]:  # decord does not jump
-            got = data._load(path, size, lambda available: np.array(k), backend).int()
+            got = video.load_frames(path, size, lambda available: np.array(k), backend).int()
             assert (got - small[k]).abs().max() <= (0 if backend == "pyav" else 2), (backend, k)
-    with data._opened(path) as (file, stream):
-        suits = data._suits_decord(file, data._survey(path, file, stream, look=True)[2])
+    with opened(path) as (file, stream):
+        suits = not video.decord_doubt(file, stream, survey(path, file, stream, look=True))
     if decord is not None:
         assert suits == decord
     if proven is not None:
@@ -363,10 +365,10 @@ def test_packed_bitstream_with_wrong_times(tmp_path):
 def check_against_counting(path, expected, most):
     "Fewer frames than packets: frame k is the k-th that plain decoding gives."
     true = plainly(path)
-    small = torch.stack([data._fit(f, 48) for f in true]).int()
+    small = torch.stack([video.fit(f, 48) for f in true]).int()
     assert len(true) == expected and probe(path).num_frames == most
     for k in range(expected):
-        assert torch.equal(data._load(path, 48, lambda n: np.array([k]))[0].int(), small[k]), k
+        assert torch.equal(video.load_frames(path, 48, lambda n: np.array([k]))[0].int(), small[k]), k
 
 
 def test_frames_that_are_never_shown(tmp_path):
@@ -411,13 +413,13 @@ def test_frames_that_lean_on_what_was_cut_away(tmp_path):
 @pytest.mark.parametrize("path", REAL, ids=lambda p: p.name)
 def test_real_clips(path):
     true = plainly(path)[:-1:9]
-    small = torch.stack([data._fit(f, 128) for f in true]).int()
+    small = torch.stack([video.fit(f, 128) for f in true]).int()
     where = np.arange(len(true)) * 9
     for backend in "pyav", "decord":
-        assert (data._load(path, 128, lambda n: where, backend).int() - small).abs().max() <= 2
+        assert (video.load_frames(path, 128, lambda n: where, backend).int() - small).abs().max() <= 2
         for k in range(0, len(where), 5):
             assert (
-                data._load(path, 128, lambda n: where[k : k + 1], backend)[0].int() - small[k]
+                video.load_frames(path, 128, lambda n: where[k : k + 1], backend)[0].int() - small[k]
             ).abs().max() <= 2
 
 
@@ -425,34 +427,34 @@ def test_a_jump_decodes_no_more_than_it_must(tmp_path):
     for name, how in ("h264.mp4", H264), ("b.avi", ZOO["b.avi"][0]), ("vp9.webm", VP9):
         path = encode(tmp_path / name, drifting(60), **how)
         assert all(reached(path, k) <= 14 for k in range(60)) and reached(path, 59) < 14
-    with data._opened(path) as (file, stream):  # far apart: over the groups between
-        index, _, _ = data._survey(path, file, stream)
+    with opened(path) as (file, stream):  # far apart: over the groups between
+        index = survey(path, file, stream).index
         calls = []
-        real, data._from_key = data._from_key, lambda *a: calls.append(a[-1]) or real(*a)
+        real, video.from_key = video.from_key, lambda *a: calls.append(a[-1]) or real(*a)
         try:
             assert (
-                len(list(data._jumping(file, stream, index, [0, 50, 51]))) == 3 and len(calls) == 2
+                len(list(video.jumping(file, stream, index, [0, 50, 51]))) == 3 and len(calls) == 2
             )
             calls.clear()
             assert (
-                len(list(data._jumping(file, stream, index, range(60)))) == 60 and len(calls) == 1
+                len(list(video.jumping(file, stream, index, range(60)))) == 60 and len(calls) == 1
             )
         finally:
-            data._from_key = real
+            video.from_key = real
 
 
 def test_what_a_jump_finds_is_checked(tmp_path):
     path = encode(tmp_path / "clip.mp4", drifting(40), **H264)
 
     def tried(**change):
-        with data._opened(path) as (file, stream):
-            index, _, _ = data._survey(path, file, stream)
+        with opened(path) as (file, stream):
+            index = survey(path, file, stream).index
             return [
                 n
-                for n, _ in data._from_key(
+                for n, _ in video.from_key(
                     file,
                     stream,
-                    data._Index(
+                    containers.Index(
                         **{**vars(index), **{k: f(getattr(index, k)) for k, f in change.items()}}
                     ),
                     12,
@@ -476,7 +478,7 @@ def test_decord_and_pyav_take_their_turns(tmp_path, flying, monkeypatch):
         encode(tmp_path / "ten.mp4", flying, "libx264", pix_fmt="yuv420p10le"),
     )
     write_video(path, flying)
-    used, real = [], data._frames_decord
+    used, real = [], video._frames_decord
     monkeypatch.setattr(
         data, "_frames_decord", lambda p, *rest: used.append(Path(p).name) or real(p, *rest)
     )
@@ -535,9 +537,9 @@ def test_turned_and_mirrored(tmp_path, name, odd):
     true = [expected(f) for f in plainly(plain)]
     assert (probe(path).height, probe(path).width) == true[0].shape[:2]
     for backend in "pyav", "decord":
-        got = data._load(path, 40, lambda n: np.arange(n), backend).int()
+        got = video.load_frames(path, 40, lambda n: np.arange(n), backend).int()
         assert (
-            got - torch.stack([data._fit(np.ascontiguousarray(f), 40) for f in true]).int()
+            got - torch.stack([video.fit(np.ascontiguousarray(f), 40) for f in true]).int()
         ).abs().max() <= 2
 
 
@@ -568,7 +570,7 @@ def test_colours_are_what_they_were(tmp_path, name):
         stream=dict(colorspace=colorspace, color_range=color_range),
     )
     for backend in "pyav", "decord":
-        got = data._load(path, 48, lambda n: np.arange(n), backend)
+        got = video.load_frames(path, 48, lambda n: np.arange(n), backend)
         assert (got.permute(0, 2, 3, 1).int() - torch.from_numpy(patches)[:, :, 8:56].int())[
             :, 8::16
         ].abs().float().mean() < 2, backend
@@ -808,7 +810,7 @@ def test_marked_damage_is_refused_and_what_lies_behind_the_next_key_frame_is_not
     path = encode(
         tmp_path / "clip.mp4", drifting(60, 96, 128), **dict(H264, g="20", x264_params="scenecut=0")
     )
-    clean = data._load(path, 48, np.arange)
+    clean = video.load_frames(path, 48, np.arange)
     with av.open(str(path)) as file:
         key = next(file.demux(video=0))
     content, rng = bytearray(path.read_bytes()), np.random.default_rng(0)
@@ -816,9 +818,9 @@ def test_marked_damage_is_refused_and_what_lies_behind_the_next_key_frame_is_not
         content[at] ^= 1 << int(rng.integers(8))
     path.write_bytes(content)
     with pytest.raises(InputError) as e:
-        data._load(path, 48, lambda n: np.arange(8, 16))
+        video.load_frames(path, 48, lambda n: np.arange(8, 16))
     one_line(e, path, "frame 0 is damaged")
-    assert torch.equal(data._load(path, 48, lambda n: np.arange(40, 60)), clean[40:])
+    assert torch.equal(video.load_frames(path, 48, lambda n: np.arange(40, 60)), clean[40:])
 
 
 def test_impossible_sizes_are_refused_before_they_are_decoded(tmp_path):

@@ -6,10 +6,13 @@
 __all__ = ['InputError']
 
 # %% ../../nbs/runtime/errors.ipynb #input-error
+import re
+
+
 class InputError(ValueError):
     "Bad input from a user: one line that names the file, field or shape and the fix."
 
     def __init__(self, message=""):
-        super().__init__(
-            str(message).strip().split("\n")[-1].removeprefix("dera.utils.InputError: ")
-        )
+        line = str(message).strip().split("\n")[-1]
+        line = re.sub(r"^dera\.[\w.]+: ", "", line)  # the class, where a worker raised it
+        super().__init__(re.sub(r"[\ud800-\udfff]", "\ufffd", line))  # names that are no text

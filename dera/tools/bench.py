@@ -165,12 +165,12 @@ def _bare(path, indices, size):
     "Frames by decord with nothing around it."
     import decord
 
-    from dera.data import _fit
+    from dera.runtime.video import fit
 
     frames = (
         decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1).get_batch(indices).asnumpy()
     )
-    return torch.stack([_fit(f, size) for f in frames]).transpose(0, 1) / 255
+    return torch.stack([fit(f, size) for f in frames]).transpose(0, 1) / 255
 
 
 def bench_data(

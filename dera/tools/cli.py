@@ -384,8 +384,8 @@ def audit(
     "Check a data set: missing, unreadable, too short, double, in two splits; exit code 1 if anything is wrong."
     from tqdm import tqdm
 
-    from dera.data import audit as check
-    from dera.data import audit_table
+    from dera.tools.audit import audit as check
+    from dera.tools.audit import audit_table
 
     if not data:
         raise InputError("name the data, as in dera audit ucf101=PATH")
@@ -408,7 +408,7 @@ def prepare(
     "Make a small copy of a data set, which reads faster; the same command goes on where it stopped."
     from tqdm import tqdm
 
-    from dera.data import prepare as copy
+    from dera.tools.prepare import prepare as copy
 
     report = copy(data, out, size, crf, lossless, workers or None, tqdm)
     for bad in report["bad"]:
