@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PROTOCOLS', 'psnr', 'baselines', 'ssim', 'lpips', 'GaussianStats', 'frechet_distance', 'FrechetVideoDistance',
            'video_distance', 'Extractor', 'load_i3d', 'load_extractor', 'Protocol', 'protocol', 'protocol_rows',
-           'save_stats', 'load_stats', 'linear_probe', 'token_swap', 'FactorClassifier', 'factor_accuracy',
-           'train_factor_classifier', 'load_factor_classifier', 'extrapolated_distance', 'factor_classes', 'fit_probes',
-           'probe_accuracy', 'teacher_pair', 'Verdict', 'agreement', 'swap_study', 'share_study', 'probe_study',
-           'study_once', 'decoupling_study', 'h264', 'reconstruct', 'evaluation_table', 'evaluate_tokenizer',
-           'evaluate_generator', 'evaluate_prediction', 'load_tokenizer']
+           'save_stats', 'load_stats', 'token_swap', 'FactorClassifier', 'factor_accuracy', 'train_factor_classifier',
+           'load_factor_classifier', 'extrapolated_distance', 'factor_classes', 'fit_probes', 'probe_accuracy',
+           'teacher_pair', 'Verdict', 'agreement', 'swap_study', 'share_study', 'probe_study', 'study_once',
+           'decoupling_study', 'h264', 'reconstruct', 'evaluation_table', 'evaluate_tokenizer', 'evaluate_generator',
+           'evaluate_prediction', 'linear_probe', 'load_tokenizer']
 
 # %% ../nbs/13_evaluation.ipynb #imports
 import hashlib
@@ -448,7 +448,7 @@ def load_extractor(
     if name == "i3d":
         return load_i3d(path, download=download, device=device)
     name = "videomae-base" if name == "videomae" else name
-    known = [k for k, facts in TEACHERS.items() if facts["modality"] == "video"]
+    known = [k for k, facts in TEACHERS.items() if facts.modality == "video"]
     if name not in known:
         raise InputError(f"unknown extractor {name!r}; choose i3d or one of {', '.join(known)}")
     net = load_teacher(name, weights=path).to(device)
@@ -593,52 +593,9 @@ def load_stats(
     return stats
 
 # %% ../nbs/13_evaluation.ipynb #probe
-def linear_probe(
-    train_x: torch.Tensor,  # (N, D) features
-    train_y: torch.Tensor,  # (N,) class indices
-    test_x: torch.Tensor,  # (M, D)
-    test_y: torch.Tensor,  # (M,)
-    weight_decay: float = 1e-3,  # lambda
-    steps: int = 300,  # of L-BFGS, at most
-) -> dict:  # accuracies: test, train, chance
-    "Accuracy of a linear classifier on frozen features."
-    for name, x, y in ("train", train_x, train_y), ("test", test_x, test_y):
-        if x.dim() != 2 or not len(x) or y.shape != (len(x),) or y.is_floating_point():
-            raise InputError(
-                f"{name}: features {tuple(x.shape)} and labels {tuple(y.shape)} of {y.dtype}; (N, D) and (N,) integers are needed"
-            )
-        if not x.isfinite().all():
-            raise InputError(f"{name}: features hold NaN or infinite values")
-    if train_x.shape[1] != test_x.shape[1]:
-        raise InputError(f"train has {train_x.shape[1]} features and test {test_x.shape[1]}")
-    train_x, test_x = train_x.detach().double(), test_x.detach().double()
-    mean, std = train_x.mean(0), train_x.std(0, correction=0).clamp(min=1e-8)
-    z, z_test = (train_x - mean) / std, (test_x - mean) / std
-    model = nn.Linear(z.shape[1], int(max(train_y.max(), test_y.max())) + 1).to(z)
-    nn.init.zeros_(model.weight)
-    nn.init.zeros_(model.bias)
-    solver = torch.optim.LBFGS(
-        model.parameters(),
-        max_iter=steps,
-        tolerance_grad=1e-7,
-        tolerance_change=1e-12,
-        line_search_fn="strong_wolfe",
-    )
+from .teachers import linear_probe  # lesson 05: what does a frozen network know?
 
-    def loss():
-        solver.zero_grad()
-        value = F.cross_entropy(model(z), train_y) + weight_decay / 2 * model.weight.pow(2).sum()
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        solver.step(loss)
-    hits = lambda z, y: (model(z).argmax(1) == y).double().mean().item()
-    return dict(
-        test=hits(z_test, test_y),
-        train=hits(z, train_y),
-        chance=(test_y == train_y.mode().values).double().mean().item(),
-    )
+_all_ = ["linear_probe"]
 
 # %% ../nbs/13_evaluation.ipynb #swap
 def token_swap(
