@@ -433,24 +433,23 @@ def test_oblong_tokenizers_are_refused_where_files_are_read(tmp_path, capsys):
 def test_evaluate_goes_to_the_accelerator(data, tmp_path, monkeypatch):
     import accelerate
 
-    from dera.tools import cli, metrics
+    from dera.runtime.measuring import device_of
+    from dera.tools import cli, evaluate
 
     class State:
         device, is_main_process = torch.device("meta"), False
 
     seen = []
     monkeypatch.setattr(accelerate, "PartialState", lambda **_: State)
-    monkeypatch.setattr(metrics, "load_extractor", lambda *words: words[3])
-    monkeypatch.setattr(
-        metrics,
-        "evaluate_tokenizer",
-        lambda model, data, extractor, **_: seen.append(
-            (metrics._device(model).type, str(extractor))
-        ),
-    )
-    for workers in 1, 2:
-        cli.evaluate(str(data), workers=workers, out=str(tmp_path))
-    assert seen == [("meta", "meta"), ("cpu", "cpu")]
+    monkeypatch.setattr(evaluate, "load_extractor", lambda *words: words[3])
+
+    def measure(model, data, out, extractor, **_):
+        seen.append((device_of(model).type, str(extractor)))
+
+    monkeypatch.setattr(evaluate, "evaluate_tokenizer", measure)
+    monkeypatch.setattr(evaluate, "evaluation_table", lambda result: "")
+    cli.evaluate(str(data), workers=2, out=str(tmp_path))
+    assert seen == [("meta", "meta")]
 
 
 def test_the_command_line_is_a_module_too(tmp_path):

@@ -142,11 +142,12 @@ def reconstruct(
 def _pair(run, tokenizer, generator):
     "A tokenizer and a generator that belong together."
     from dera.ar import Generator
-    from dera.metrics import _belong, load_tokenizer
+    from dera.streams import load_tokenizer
+    from dera.tools.evaluate import check_pair
 
     model = load_tokenizer(tokenizer or Path(run) / "tokenizer" / "tokenizer")
     writer = load_model(Generator, generator or Path(run) / "generator" / "generator")
-    _belong(writer, model)
+    check_pair(writer, model)
     return model, writer
 
 
@@ -309,66 +310,56 @@ def _write_clips(out, done, clips, names, given, seed, about):
 
 # %% ../../nbs/tools/cli.ipynb #evaluate
 def evaluate(
-    data: str,  # folder of videos in UCF-101 layout, or as for dera audit
+    data: str = "",  # folder of videos in UCF-101 layout, pocket=N, or as for dera audit
     tokenizer: str = "",  # folder of a tokenizer; default: the one that ships with dera
     generator: str = "",  # folder of a generator: measures generation, or frame prediction if that is what it learned
-    protocol: str = "",  # larp-rfvd, larp-gfvd, heldout or k600-fp; default: heldout, larp-gfvd or k600-fp
+    protocol: str = "",  # larp-rfvd, larp-gfvd, heldout, k600-fp or pocket-evidence; default: by the task
     clips: int = 0,  # 0: as many as the protocol says
     sampling: str = "",  # native, uniform or all instead of the protocol's
     split: str = "",  # instead of the protocol's; none: data without splits
-    extractor: str = "pocket-video",  # i3d, videomae, or a video teacher
+    extractor: str = "",  # i3d, videomae, or a video teacher; default: the one that the protocol needs
     weights: str = "",  # file of the extractor, where it is not in its usual place
     download: bool = False,  # fetch I3D
-    guidance: float = 1.25,  # of generation
+    guidance: float | None = None,  # of generation; default 1.25, for pocket-evidence 2
     lpips: str = "",  # `alex` or `vgg` adds LPIPS
-    workers: int = 1,  # processes
+    precision: str = "float32",  # of models and extractor; or tf32, bf16
+    workers: int = 1,  # processes; on a GPU: that decode videos
     split_id: int = 1,  # of UCF-101
     seed: int = 0,  # of windows, of the choice of clips, of samples
-    out: str = "runs/evaluate",
-):  # folder: evaluation.json, report.html
+    out: str = "runs/evaluate",  # folder: evaluation.json, report.html
+    fresh: bool = False,  # start over instead of going on
+):
     "Measure a tokenizer or a generator by a named protocol; called again, it goes on."
     from accelerate import PartialState
     from tqdm import tqdm
 
-    from dera import metrics
-    from dera.ar import Generator
+    from dera.tools.evaluate import EVIDENCE, run_evaluation
 
-    model = metrics.load_tokenizer(tokenizer or checkpoint_path("pocket-tokenizer-tiny"))
-    writer = load_model(Generator, generator) if generator else None
-    task = (
-        "tokenizer"
-        if writer is None
-        else "prediction"
-        if writer.config.prefix_tokens
-        else "generator"
+    text = run_evaluation(
+        data,
+        tokenizer,
+        generator,
+        protocol,
+        extractor,
+        weights,
+        download,
+        guidance,
+        lpips,
+        workers,
+        split_id,
+        out,
+        fresh,
+        tqdm,
+        samples=clips,
+        sampling=sampling,
+        split=split,
+        seed=seed,
+        precision=precision,
     )
-    changes = dict(samples=clips, sampling=sampling, seed=seed) | (
-        dict(split=None if split == "none" else split) if split else {}
-    )
-    p = metrics.protocol(
-        protocol or dict(tokenizer="heldout", generator="larp-gfvd", prediction="k600-fp")[task],
-        **{k: v for k, v in changes.items() if v or k == "split"},
-    )
-    device = "cpu" if workers > 1 else PartialState(cpu=not torch.accelerator.is_available()).device
-    for m in filter(None, (model, writer)):
-        m.to(device)
-    shared = dict(
-        out=out,
-        p=p,
-        extractor=metrics.load_extractor(extractor, weights or None, download, device),
-        workers=workers,
-        split_id=split_id,
-        progress=tqdm,
-    )
-    if writer is None:
-        result = metrics.evaluate_tokenizer(model, data, lpips_net=lpips, **shared)
-    elif task == "generator":
-        result = metrics.evaluate_generator(writer, model, data, guidance=guidance, **shared)
-    else:
-        result = metrics.evaluate_prediction(writer, model, data, **shared)
     if PartialState().is_main_process:
-        print(metrics.evaluation_table(result))
-        print(f"numbers and moving clips in {Path(out) / 'report.html'}")
+        print(text)
+        name = "evidence.json" if protocol == EVIDENCE else "report.html"
+        print(f"numbers and moving clips: {Path(out) / name}")
 
 # %% ../../nbs/tools/cli.ipynb #audit
 def audit(
