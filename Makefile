@@ -1,4 +1,4 @@
-# make setup | demo | test | test-slow | lab | export | clean.   Options: PYTHON=python3.12  ARGS="--seed 1"
+# make setup | demo | test | test-slow | format | style | lab | export | clean.   Options: PYTHON=python3.12  ARGS="--seed 1"
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,7 +6,7 @@ STAMP := .venv/.dera-installed
 THREADS ?= 2
 unexport MPLBACKEND
 
-.PHONY: setup demo test test-slow test-tree test-notebooks test-pytest lab export clean
+.PHONY: setup demo test test-slow test-style test-tree test-notebooks test-pytest format style lab export clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -24,16 +24,20 @@ demo: setup
 
 # Every part runs even if an earlier one fails; each prints its time; the exit code tells whether all passed.
 test: setup
-	@$(MAKE) --no-print-directory -k -j1 test-tree test-notebooks test-pytest
+	@$(MAKE) --no-print-directory -k -j1 test-style test-tree test-notebooks test-pytest
 
 timed = start=$$SECONDS; $(2); code=$$?; echo "== $(1): $$((SECONDS - start)) s, $$([ $$code = 0 ] && echo passed || echo FAILED)"; exit $$code
+
+# What is read by people: notebooks, tests and setup.py; dera/ is written from them.
+test-style: setup
+	@$(call timed,style and floors,$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet . && $(BIN)/lint-imports --no-cache)
 
 test-tree: setup
 	@$(call timed,the committed tree is what the notebooks export,$(BIN)/python tests/check_tree.py)
 
 test-notebooks: setup
 	@$(call timed,notebooks,OMP_NUM_THREADS=$(THREADS) $(BIN)/nbdev_test --n_workers 1 --do_print --timing $(NBFLAGS))
-	@$(if $(findstring slow,$(NBFLAGS)),,grep -lE '"#\| *(slow|gpu)' nbs/*.ipynb | sed 's/^/cells flagged slow or gpu were left out of /' || true)
+	@$(if $(findstring slow,$(NBFLAGS)),,grep -rlE --include='*.ipynb' '"#\| *(slow|gpu)' nbs | sed 's/^/cells flagged slow or gpu were left out of /' || true)
 
 test-pytest: setup
 	@$(call timed,pytest,OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -rs --durations=10 tests $(ARGS))
@@ -41,6 +45,14 @@ test-pytest: setup
 # The same notebooks with the cells flagged slow, which `make test` leaves out.
 test-slow: setup
 	@$(MAKE) --no-print-directory test-notebooks NBFLAGS="--flags slow"
+
+format: setup
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+# The counts that style is held to, and those of the lessons.
+style: setup
+	@$(BIN)/python tests/style_counts.py
 
 lab: setup
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS) nbs/00_tour.ipynb
@@ -53,5 +65,6 @@ export: setup
 
 # Caches and build leftovers; .venv, runs/ and data/ stay.
 clean:
-	rm -rf build dist *.egg-info .pytest_cache nbs/.ipynb_checkpoints
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	find nbs -name .ipynb_checkpoints -type d -prune -exec rm -rf {} +
 	find dera tests nbs -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -34,3 +34,9 @@ def dera():
         )
 
     return run
+
+
+def pytest_terminal_summary(terminalreporter):
+    "How many tests did not run, where one looks first."
+    skipped = len(terminalreporter.stats.get("skipped", []))
+    terminalreporter.write_line(f"== {skipped} tests skipped")
