@@ -1128,7 +1128,9 @@ def test_prepare_keeps_kinetics_layout_and_small_files(tmp_path, world, monkeypa
         writing,
         "encode_frames",
         lambda path, *rest, **more: (
-            os.kill(os.getpid(), signal.SIGKILL) if names[1] in str(path) else encode(path, *rest, **more)
+            os.kill(os.getpid(), signal.SIGKILL)
+            if names[1] in str(path)
+            else encode(path, *rest, **more)
         ),
     )
     report = prepare(k600, victim, workers=2)

@@ -134,20 +134,21 @@ class Entry(NamedTuple):
 
 
 def make_index(entries: list[Entry]) -> Index:
-    "No times where the entries do not tell which frame is which."
+    "No times or keys where the entries do not tell which frame is which."
     order = [entry.time for entry in entries]
     if None in order or len(set(order)) < len(order):
         return Index(order, [], [])
     times = sorted(entry.time for entry in entries if entry.is_shown)
     starts = {entry.time for entry in entries if entry.is_key}
     keys = [i for i, time in enumerate(times) if time in starts]
-    return Index(order, times, keys)
+    begins_well = entries[0].is_key and order[0] <= times[0]
+    return Index(order, times, keys if begins_well else [])
 
 # %% ../../nbs/runtime/containers.ipynb #nal
 def _nal_units(packet, length_size):
     "The NAL units of a packet: after lengths of so many bytes, or after start codes (0)."
     if not length_size:
-        return re.split(rb"\0\0\1", packet)[1:]
+        return packet.split(b"\0\0\1")[1:]
     units, at = [], 0
     while at + length_size < len(packet):
         size = int.from_bytes(packet[at : at + length_size], "big")
@@ -232,7 +233,7 @@ _KEY_RULES = dict(
     h264=_h264_key, hevc=_hevc_key, vp8=_vp8_key, vp9=_vp9_key, av1=_av1_key, mpeg2video=_mpeg2_key
 )
 _KEY_RULES["libdav1d"] = _KEY_RULES["libaom-av1"] = _av1_key
-_CONTAINERS = ("mov", "matroska", "mpegts")
+_CONTAINERS = ("mov", "matroska")
 _CHANGES = "NEW_EXTRADATA", "PARAM_CHANGE", "PALETTE"  # state that lies beside the packets
 
 
