@@ -16,7 +16,7 @@ $(STAMP): setup.py settings.ini constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit("dera needs Python 3.10 or newer and $(PYTHON) is %d.%d; name a newer one: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12" % v[:2] if v < (3, 10) else 0)'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "making .venv; torch and the rest are several GB, so the first time takes minutes"; $(PYTHON) -m venv --clear .venv; }
 	@$(BIN)/python -m pip install -q --disable-pip-version-check 'setuptools>=77' wheel
-	@set -o pipefail; PYTHONWARNINGS=ignore $(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[dev]' -c constraints.txt | { grep -vE '^(Requirement already satisfied|  )' || true; }
+	@set -o pipefail; PYTHONWARNINGS=ignore $(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[dev,play]' -c constraints.txt | { grep -vE '^(Requirement already satisfied|  )' || true; }
 	@touch $@; echo "installed in .venv"
 
 demo: setup

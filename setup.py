@@ -34,7 +34,11 @@ setup(
         "Programming Language :: Python :: 3",
     ],
     install_requires=lines("requirements"),
-    extras_require=dict(dev=lines("dev_requirements")),
+    extras_require=dict(
+        dev=lines("dev_requirements"),
+        play=lines("play_requirements"),
+        tensorboard=["tensorboard"],
+    ),
     entry_points=dict(console_scripts=lines("console_scripts")),
     packages=[*find_packages(include=["dera", "dera.*"]), *folders],
     package_dir={"dera": "dera", **folders},
