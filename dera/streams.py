@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from dera.query import (
+from dera.query import (  # noqa: F401 (some are passed on)
     BaseTokenizer,
     Encoded,
     GridTokenizer,
@@ -29,46 +29,48 @@ _all_ = ["Encoded", "TokenizerConfig", "TokenizerOutput"]
 
 # %% ../nbs/04_decoupled_streams.ipynb #streams
 class DeRATokenizer(BaseTokenizer):
-    "Appearance tokens from the first frame, motion tokens from the clip, one shared encoder (Eq. 1-3)."
+    "Appearance tokens from the first frame, motion tokens from the clip, one shared encoder."
 
-    def __init__(self, config: TokenizerConfig):
+    def __init__(
+        self,
+        config: TokenizerConfig,
+    ):
         super().__init__(config)
-        c, (n, h, w) = config, config.grid
-        if not c.num_appearance:
+        if not config.num_appearance:
             raise InputError(
                 "a DeRATokenizer needs at least 1 appearance token; QueryTokenizer does without"
             )
-        generator = torch.Generator().manual_seed(c.seed + 1)
-        self.embed_appearance = nn.Linear(3 * c.patch_p**2, c.dim)
-        frame = self.clip_positions.data.view(n, h * w, c.dim).mean(0)
-        self.frame_positions = nn.Parameter(frame.clone(), requires_grad=c.positions == "gaussian")
-        if c.queries == "grid":
-            a = coarse_queries(frame, (1, h, w), c.num_appearance)
-            m = coarse_queries(self.clip_positions.data, c.grid, c.num_motion)
-            self.token_positions.data.copy_(torch.cat([a, m]))
+        frames, height, width = config.grid
+        clip = self.clip_positions.data
+        frame = clip.view(frames, height * width, config.dim).mean(0)
+        self.embed_appearance = self.linear(3 * config.patch_p**2, config.dim)
+        self.frame_positions = nn.Parameter(
+            frame.clone(), requires_grad=config.positions == "gaussian"
+        )
+        if config.queries == "grid":
+            Q_a = coarse_queries(frame, (1, height, width), config.num_appearance)
+            Q_m = coarse_queries(clip, config.grid, config.num_motion)
+            self.token_positions.data.copy_(torch.cat([Q_a, Q_m]))
         else:
-            a, m = (
-                0.02 * torch.randn(k, c.dim, generator=generator)
-                for k in (c.num_appearance, c.num_motion)
-            )
-        self.appearance_queries, self.motion_queries = (
-            nn.Parameter(a.clone()),
-            nn.Parameter(m.clone()),
-        )
+            generator = torch.Generator().manual_seed(config.seed + 1)
+            Q_a = 0.02 * torch.randn(config.num_appearance, config.dim, generator=generator)
+            Q_m = 0.02 * torch.randn(config.num_motion, config.dim, generator=generator)
+        self.appearance_queries = nn.Parameter(Q_a.clone())
+        self.motion_queries = nn.Parameter(Q_m.clone())
 
-    def _streams(self, video, tap):
-        c = self.config
-        e_s = self.embed_appearance(patchify(video[:, :, :1], 1, c.patch_p)) + self.frame_positions
-        e_t = self.embed_motion(patchify(video, c.patch_t, c.patch_p)) + self.clip_positions
-        z_a, e_a = self._encode(self.appearance_queries, e_s, tap)
-        z_m, e_m = self._encode(self.motion_queries, e_t, tap)
-        return torch.cat([z_a, z_m], 1), e_a, e_m
+    def streams(self, video, tap):
+        "Both streams of Eq. 1: Z (B, L, dim), E_a (B, L_s, dim), E_m (B, L_t, dim)."
+        first_frame = patchify(video[:, :, :1], 1, self.config.patch_p)
+        E_s = self.embed_appearance(first_frame) + self.frame_positions
+        E_t = self.embed_clip(video)
+        Z_a, E_a = self.one_stream(self.appearance_queries, E_s, tap)  # Eq. 1, left
+        Z_m, E_m = self.one_stream(self.motion_queries, E_t, tap)  # Eq. 1, right
+        return torch.cat([Z_a, Z_m], 1), E_a, E_m
 
-    def _encode(self, queries, patches, tap):
-        "One stream of Eq. 1: outputs at the queries, outputs (of layer `tap`) at the patches."
-        out, tapped = self.encoder(
-            torch.cat([queries.expand(patches.shape[0], -1, -1), patches], 1), tap
-        )
+    def one_stream(self, queries, patches, tap):
+        "Outputs at the queries, and outputs (of layer `tap`) at the patches."
+        Q = queries.expand(patches.shape[0], -1, -1)
+        out, tapped = self.encoder(torch.cat([Q, patches], 1), tap)
         return out[:, : queries.shape[0]], tapped[:, queries.shape[0] :]
 
 # %% ../nbs/04_decoupled_streams.ipynb #load-tokenizer
