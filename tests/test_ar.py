@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from dera import ar
 from dera.ar import Block, Generator, GeneratorConfig, choose_tokens, frame_prefix
 from dera.runtime.checkpoints import load_checkpoint, save_checkpoint
+from dera.runtime import fast_decoder
 from dera.runtime.errors import InputError
 from dera.runtime.run_folder import RunFolder
 from dera.train_ar import (
@@ -210,7 +211,7 @@ def test_cache_equals_no_cache(prefix, dtype):
         g.condition(**given),
         0,
     )
-    decoder = ar._decoder(g, 3)
+    decoder = ar.fast_decoder(g, 3)
     decoder.cache.fill_(torch.nan)
     if prefix:
         g.step(x[:, :-1], 0, decoder.cache)
@@ -240,32 +241,32 @@ def test_captured_steps_equal_uncached_ones(monkeypatch):
         recorded.append(Recorded(run))
         return recorded[-1], recorded[-1].result
 
-    monkeypatch.setattr(ar, "_capture", capture)
+    monkeypatch.setattr(fast_decoder, "capture", capture)
     g = small(num_tokens=150)
     y, label = torch.randint(50, (3, 150)), torch.tensor([1, 6, 7])
     x = g.condition(label)[:, 0]
     with torch.inference_mode():
-        decoder, logits = ar._decoder(g, 3), g(y, label)
+        decoder, logits = ar.fast_decoder(g, 3), g(y, label)
         decoder.cache.normal_()
         for i in range(150):
             assert torch.allclose(
-                decoder._replay(x + g.positions[i], i), logits[:, i], atol=1e-4
+                decoder.replay(x + g.positions[i], i), logits[:, i], atol=1e-4
             ), i
             x = g.tokens(y[:, i])
     assert len(recorded) == 2 and sorted(decoder.graphs) == [(3, 128), (3, 150)]
 
 
 def test_the_step_works_without_packed_weights_and_drops_packed_ones(monkeypatch):
-    g, labels, linear, packed = small(), torch.arange(7), ar._linear, []
+    g, labels, linear, packed = small(), torch.arange(7), fast_decoder.linear, []
     greedy = g.generate(labels, temperature=0, guidance=2.0)
-    assert g._decoder.weights == []  # copies of the weights do not outlive the call
+    assert g._decoder.layers == []  # copies of the weights do not outlive the call
 
     def unsupported(weight, rows):
         raise RuntimeError("no such layout")
 
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", unsupported, raising=False)
     monkeypatch.setattr(
-        ar, "_linear", lambda x, weight: (packed.append(weight.is_mkldnn), linear(x, weight))[1]
+        fast_decoder, "linear", lambda x, weight: (packed.append(weight.is_mkldnn), linear(x, weight))[1]
     )
     assert (
         torch.equal(g.generate(labels, temperature=0, guidance=2.0), greedy)
@@ -282,7 +283,7 @@ def test_a_compiled_step_writes_the_same_tokens(monkeypatch):
     greedy = g.generate(labels, temperature=0, guidance=2.0)
     assert torch.equal(
         g.generate(labels, temperature=0, guidance=2.0, compile=True), greedy
-    ) and calls == [ar._decode_layer]
+    ) and calls == [fast_decoder.decode_layer]
 
 
 def test_the_memory_is_used_again_and_never_stale():
@@ -536,7 +537,7 @@ def test_save_load_and_refuse_missing_tensors(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["head.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(RuntimeError, match="head.weight"):
+    with pytest.raises(InputError, match="head.weight"):
         Generator.from_pretrained(tmp_path)
 
 

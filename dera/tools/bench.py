@@ -372,10 +372,10 @@ def _llama(model, rows):
 # %% ../../nbs/tools/bench.ipynb #generate-ways
 def _ways(model, labels, tokens, compile=False):  # (B,), (B, L) on the model's device
     "Four ways to write one token: name -> function of its position that returns logits."
-    from dera.ar import _decoder
+    from dera.ar import fast_decoder
 
     decoder, p, (llama, past) = (
-        _decoder(model, len(labels), compile),
+        fast_decoder(model, len(labels), compile),
         model.positions,
         _llama(model, len(labels)),
     )
