@@ -7,6 +7,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                             'dera.align.Alignment.forward': ('foundation_alignment.html#alignment.forward', 'dera/align.py'),
                             'dera.align.Projector': ('foundation_alignment.html#projector', 'dera/align.py'),
                             'dera.align.Projector.__init__': ('foundation_alignment.html#projector.__init__', 'dera/align.py'),
+                            'dera.align._check_modality': ('foundation_alignment.html#_check_modality', 'dera/align.py'),
                             'dera.align._zero_beside': ('foundation_alignment.html#_zero_beside', 'dera/align.py'),
                             'dera.align.alignment_loss': ('foundation_alignment.html#alignment_loss', 'dera/align.py'),
                             'dera.align.match_grid': ('foundation_alignment.html#match_grid', 'dera/align.py'),

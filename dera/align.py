@@ -68,6 +68,13 @@ def match_grid(
     return x.movedim(1, -1).flatten(1, 3)
 
 # %% ../nbs/06_foundation_alignment.ipynb #teacher-features
+def _check_modality(teacher, wanted):
+    if teacher.modality != wanted:
+        raise InputError(
+            f"{teacher.name} is a teacher of {teacher.modality}; one of {wanted} is needed there"
+        )
+
+
 @torch.no_grad()
 def teacher_features(
     image_teacher,  # a `Teacher`; None: not used
@@ -79,9 +86,11 @@ def teacher_features(
     "Image features of the first frame and video features of the clip, on the tokenizer's grid."
     image_features = video_features = None
     if image_teacher is not None:
+        _check_modality(image_teacher, "image")
         features = image_teacher(video[:, :, :1])
         image_features = match_grid(features, image_teacher.grid, (1, *grid[1:]), interpolate)
     if video_teacher is not None:
+        _check_modality(video_teacher, "video")
         features = video_teacher(video)
         video_features = match_grid(features, video_teacher.grid, grid, interpolate)
     return image_features, video_features

@@ -176,6 +176,15 @@ def test_targets_stand_where_the_patches_are(clips, teachers):
     assert not torch.allclose(after[1], before[1], atol=0.1)
 
 
+def test_the_wrong_kind_of_teacher_is_refused(clips, teachers):
+    "A video teacher's answer for one frame, averaged over time, would fit without a word."
+    image, video = teachers
+    with pytest.raises(InputError, match="pocket-video is a teacher of video"):
+        teacher_features(video, None, clips, TINY.grid)
+    with pytest.raises(InputError, match="pocket-image is a teacher of image"):
+        teacher_features(None, image, clips, TINY.grid)
+
+
 # ---- projectors and streams
 
 
