@@ -6,7 +6,7 @@ STAMP := .venv/.dera-installed
 THREADS ?= 2
 unexport MPLBACKEND
 
-.PHONY: setup demo test test-slow test-style test-tree test-notebooks test-pytest format style lab export clean
+.PHONY: site setup demo test test-slow test-style test-tree test-notebooks test-pytest format style lab export clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -68,3 +68,7 @@ clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	find nbs -name .ipynb_checkpoints -type d -prune -exec rm -rf {} +
 	find dera tests nbs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The course as static pages in site/: open site/index.html, no server and no network needed.
+site: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
