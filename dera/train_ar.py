@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIMES', 'fingerprint', 'mirror_labels', 'tokenize_dataset', 'load_tokens', 'ARConfig', 'codes_at', 'learning_rate',
-           'batch_rows', 'label_factors', 'wrong_labels', 'train_generator', 'train_from_videos', 'main']
+           'batch_rows', 'label_factors', 'wrong_labels', 'train_generator', 'train_from_videos', 'Options', 'command',
+           'main']
 
 # %% ../nbs/12_ar_training.ipynb #imports
 import functools
@@ -19,6 +20,7 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,6 +35,7 @@ from .data import Manifest, VideoClips
 from .metrics import load_tokenizer
 from .pocket import CLASSES, MOTIONS, SHAPES, PocketClips
 from .query import num_appearance_codes
+from .runtime.commands import is_named, parse_preset, run_command
 from .runtime.checkpoints import load_checkpoint, save_checkpoint
 from .runtime.devices import autocast
 from .runtime.errors import InputError
@@ -1199,13 +1202,47 @@ def train_from_videos(
     )
 
 # %% ../nbs/12_ar_training.ipynb #main
+@dataclass
+class Options(ARConfig):
+    "A training as the command line takes it."
+
+    preset: Literal["tiny", "pocket", "paper-ucf101", "paper-k600-fp"] = (
+        "tiny"  # where nothing is said
+    )
+    fresh: bool = False  # start afresh instead of going on; tokens are kept
+
+
+def command(
+    args: list,  # words after `dera train-ar`
+):
+    "Train a generator on the tokens of videos; the same command goes on where it stopped."
+    text = (
+        "Train a generator on the tokens of videos. "
+        "Example: dera train-ar --data FOLDER --tokenizer runs/tokenizer/tokenizer"
+    )
+    options = parse_preset(Options, ARConfig.preset, args, "train-ar", text)
+    settings = vars(options) | {}
+    settings.pop("preset")
+    fresh = settings.pop("fresh")
+    config = ARConfig(**settings)
+    if is_named(args, "steps") and not is_named(args, "epochs"):
+        config.epochs = 0  # what the user names wins over the preset
+    is_first = int(os.environ.get("RANK", 0)) == 0
+    if fresh and is_first:
+        (Path(config.out) / "checkpoint.safetensors").unlink(missing_ok=True)
+    train_from_videos(config)
+    if is_first:
+        print(f"generator saved in {Path(config.out) / 'generator'}")
+
+
 def main(
     args: list | None = None,  # default: the command line
 ):
     "Entry of `accelerate launch -m dera.train_ar`, the same as `dera train-ar`."
-    from dera.tools.cli import _run
-
-    if code := _run("train-ar", sys.argv[1:] if args is None else args):
+    words = sys.argv[1:] if args is None else args
+    note = "the same command goes on from what is done"
+    code = run_command(lambda: command(words), note)
+    if code:
         sys.exit(code)
 
 

@@ -1,24 +1,60 @@
 "The command line as a person meets it: help, one line for every mistake, nothing half-written."
 
+import contextlib
+import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
 from dera.pocket import render, sample_factors, write_dataset, write_video
 from dera.runtime.checkpoints import checkpoint_path
+from dera.runtime.errors import InputError
 from dera.tools.cli import main
+
+PAIR = (
+    "--tokenizer",
+    str(checkpoint_path("pocket-tokenizer-tiny")),
+    "--generator",
+    str(checkpoint_path("pocket-generator-tiny")),
+)
+
+
+class Done(NamedTuple):
+    "What a command left: exit code and both streams, as of a process of its own."
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
 def dera(*words):
+    "A command in this process: imports are paid once."
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main([str(word) for word in words])
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def typed(*words, **options):
+    "A command in a process of its own, as a person starts it."
     return subprocess.run(
-        [sys.executable, "-c", "from dera.tools.cli import main; main()", *map(str, words)],
+        [sys.executable, "-m", "dera", *map(str, words)],
         capture_output=True,
         text=True,
         timeout=300,
+        **options,
     )
 
 
@@ -43,43 +79,72 @@ def refused(result, *words):
     assert len(lines) == 1 and all(w in lines[0] for w in words), result.stderr
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "demo",
-        "train-tokenizer",
-        "train-ar",
-        "reconstruct",
-        "generate",
-        "evaluate",
-        "train-teachers",
-        "audit",
-        "bench render",
-        "bench data",
-        "bench tokenizers",
-        "bench generate",
-        "bench train",
-    ],
-)
-def test_help(command, capsys):
-    assert here(*command.split(), "--help") == 0 and "--out" in capsys.readouterr().out
-
-
 def test_help_tells_what_a_parameter_means(capsys):
     for words, text in (
+        (["demo"], "--out"),
+        (["train-tokenizer"], "{tiny,pocket,paper}"),
+        (["train-ar"], "paper-k600-fp"),
+        (["tokenize"], "{npy,json}"),
+        (["reconstruct"], "{clips,uniform,native}"),
+        (["generate"], "Example: dera generate"),
         (["evaluate"], "folder of videos"),
+        (["train-teachers"], "--video-steps"),
+        (["audit"], "decode every frame"),
         (["prepare"], "short side in pixels"),
+        (["weights"], "--check"),
+        (["reproduce"], "train what is missing"),
         (["bench", "render"], "in a batch"),
+        (["bench", "train"], "--teachers"),
     ):
-        assert here(*words, "--help") == 0 and text in capsys.readouterr().out
+        assert here(*words, "--help") == 0, words
+        assert text in " ".join(capsys.readouterr().out.split()), words
 
 
-def test_top_level():
-    assert (
-        dera("--help").returncode == 0
-        and "reconstruct" in dera("--help").stdout
-        and dera("paint").returncode == 2
+def test_help_without_docstrings_and_without_torch():
+    code = (
+        "import sys; from dera.tools.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as end: code = end.code\n"
+        "assert 'torch' not in sys.modules; sys.exit(code)"
     )
+    for words in (["--help"], ["tokenize", "--help"], ["evaluate", "--help"]):
+        done = subprocess.run([sys.executable, "-OO", "-c", code, *words], capture_output=True)
+        assert done.returncode == 0, done.stderr
+    heavy = "import sys; from dera.tools.cli import main; main(sys.argv[1:])"
+    for words in (["train-ar", "--help"], ["bench", "data", "--help"]):
+        done = subprocess.run([sys.executable, "-OO", "-c", heavy, *words], capture_output=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_top_level(tmp_path):
+    shown = typed("--help", cwd=tmp_path)
+    assert shown.returncode == 0 and "reconstruct" in shown.stdout
+    assert typed("--version").stdout.startswith("dera ")
+    unknown = dera("paint")
+    assert unknown.returncode == 2 and "paint" in unknown.stderr
+    words = dera("completion", "bash").stdout
+    assert "complete -o default -F _dera dera" in words and "--tokenizer" in words
+    refused(dera("completion", "basic"), "bash")
+
+
+def test_streams_that_are_ascii_or_closed(tmp_path):
+    video = tmp_path / "ä clip.mp4"
+    write_video(video, render(sample_factors(1, seed=3), 8, 64)[0])
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    done = typed("tokenize", video, "--out", tmp_path / "a", env=ascii_only)
+    assert done.returncode == 0 and "? clip" in done.stdout, done.stderr
+    raw = os.fsencode(tmp_path) + b"/\xff.mp4"
+    os.link(video, raw)
+    for words in (["tokenize"], ["reconstruct"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "dera", *words, raw, "--out", str(tmp_path / "b")],
+            capture_output=True,
+        )
+        assert done.returncode == 0 and "\ufffd" in done.stdout.decode(), done.stderr
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m dera --version >&- 2>&-"], capture_output=True
+    )
+    assert done.returncode == 0
 
 
 def test_reconstruct(tmp_path):
@@ -89,7 +154,130 @@ def test_reconstruct(tmp_path):
     assert (
         "has 5 frames; the last one is repeated to 8" in result.stdout and "PSNR" in result.stdout
     )
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["ä clip_reconstructed.mp4"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "ä clip_reconstructed.mp4",
+        "ä clip_reconstructed.mp4.json",
+    ]
+
+
+def test_tokens_there_and_back_of_a_video_longer_than_a_clip(tmp_path):
+    from dera.data import read_clip
+    from dera.streams import load_tokenizer
+
+    tokenizer = load_tokenizer(checkpoint_path("pocket-tokenizer-tiny"))
+    long = tmp_path / ("n" * 245 + ".mp4")
+    write_video(long, render(sample_factors(1, seed=5), 20, 64)[0])
+    assert dera("reconstruct", long, "--out", tmp_path / "r").returncode == 0
+    (shown,) = (tmp_path / "r").glob("*.mp4")
+    side_by_side = read_clip(shown, 16, 64)
+    assert side_by_side.shape[1] == 16
+
+    for kind in "npy", "json":
+        done = dera("tokenize", long, "--kind", kind, "--out", tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert f"2 clips of {tokenizer.num_codes} codes" in done.stdout
+        (tokens,) = tmp_path.glob(f"n*.{kind}")
+        back = dera("reconstruct", "--tokens", tokens, "--out", tmp_path / kind)
+        assert back.returncode == 0 and "2 clips" in back.stdout, back.stderr
+    videos = [next((tmp_path / kind).glob("*.mp4")) for kind in ("npy", "json")]
+    assert torch.equal(*(read_clip(video, 16, 32) for video in videos))
+
+    rows = np.load(next(tmp_path.glob("n*.npy")))
+    for name, values in dict(
+        wide=np.zeros((1, tokenizer.num_codes + 1), int),
+        high=np.full((1, tokenizer.num_codes), 10**6),
+        low=np.full((1, tokenizer.num_codes), -1),
+        real=np.zeros((1, tokenizer.num_codes)),
+        none=rows[:0],
+    ).items():
+        np.save(tmp_path / f"{name}.npy", values)
+        refused(dera("reconstruct", "--tokens", tmp_path / f"{name}.npy"), f"{name}.npy")
+    (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY\x01\x00")
+    (tmp_path / "junk.json").write_text("{}")
+    for name in "cut.npy", "junk.json", "absent.npy":
+        refused(dera("reconstruct", "--tokens", tmp_path / name), name)
+    other = tmp_path / "other.json"
+    content = json.loads(next(tmp_path.glob("n*[!4].json")).read_text())
+    if "tokens" in content:
+        other.write_text(json.dumps(content | dict(tokenizer="another")))
+        refused(dera("reconstruct", "--tokens", other), "another tokenizer")
+    refused(dera("reconstruct"), "--tokens")
+    refused(dera("tokenize"), "at least one video")
+
+
+def test_a_result_of_other_settings_is_not_overwritten(tmp_path):
+    video = tmp_path / "a.mp4"
+    write_video(video, render(sample_factors(1, seed=3), 8, 64)[0])
+    ask = ("reconstruct", video, "--out", tmp_path / "out")
+    assert dera(*ask).returncode == 0 and dera(*ask).returncode == 0
+    refused(dera(*ask, "--sampling", "uniform"), "made otherwise", "--fresh")
+    assert dera(*ask, "--sampling", "uniform", "--fresh").returncode == 0
+    clips = ("generate", *PAIR, "--count", 1, "--out", tmp_path / "g", "--classes")
+    assert dera(*clips, "0").returncode == 0
+    refused(dera(*clips, "1"), "other settings")
+    assert dera(*clips, "1", "--fresh").returncode == 0
+    assert len(list((tmp_path / "g").glob("*.mp4"))) == 1
+
+
+def test_classes_named_by_digits_and_strange_file_names(capsys):
+    from dera.tools.sampling import class_number, class_numbers, file_stems
+
+    names = ["7", "3", "12", "0", "1"]
+    assert class_number("3", names) == 1
+    assert "class number 3 is named 0" in capsys.readouterr().err
+    assert class_number("2", names) == 2 and not capsys.readouterr().err
+    assert class_number("WALK", ["run", "walk"]) == 1
+    assert [class_number(word, ["jump", "Jump"]) for word in ("jump", "Jump")] == [0, 1]
+    for wrong, known in (("JUMP", ["jump", "Jump"]), ("a", ["a", "b", "a"]), ("9", names)):
+        with pytest.raises(InputError, match="number"):
+            class_number(wrong, known)
+    assert class_numbers((), ["one"]) == [0] and class_numbers((), names) == [0, 4]
+
+    strange = ["run", "RUN", "a/b", "a\\\\b", "", "..", "é" * 200, "é" * 199, "run-0", "x\ud8ff"]
+    stems = file_stems(strange)
+    assert len({stem.casefold() for stem in stems}) == len(strange)
+    for stem in stems:
+        assert len(stem.encode()) < 230 and "/" not in stem and stem.strip(". ")
+
+
+def test_numbers_that_mean_nothing_are_refused_before_anything_is_drawn(tmp_path):
+    for words in (
+        ("--seed", 2**63),
+        ("--seed", -1),
+        ("--batch-size", -1),
+        ("--temperature", "nan"),
+        ("--temperature", "1e-310"),
+        ("--temperature", "-inf"),
+        ("--guidance", "nan"),
+        ("--count", 0),
+    ):
+        out = tmp_path / "out"
+        refused(dera("generate", *PAIR, "--classes", "0", "--out", out, *words), str(words[1])[:4])
+        assert not out.exists()
+
+
+def test_what_is_not_named_is_the_last_run(tmp_path, monkeypatch):
+    from dera.tools.videos import TOKENIZERS, newest
+
+    monkeypatch.chdir(tmp_path)
+    assert newest(TOKENIZERS) is None
+    video = tmp_path / "a.mp4"
+    write_video(video, render(sample_factors(1, seed=3), 8, 64)[0])
+    said = dera("tokenize", video)
+    assert "the shipped one" in said.stderr and "knows only the pocket world" in said.stderr
+    for name in "first/tokenizer", "second/tokenizer/tokenizer":
+        place = tmp_path / "runs" / name
+        shutil.copytree(checkpoint_path("pocket-tokenizer-tiny"), place)
+        os.utime(place / "model.safetensors")
+    said = dera("tokenize", video)
+    assert "second" in said.stderr and "pocket world" not in said.stderr
+
+
+def test_what_is_missing_is_listed():
+    shown = dera("weights")
+    assert shown.returncode == 0 and "i3d" in shown.stdout and "licence" in shown.stdout
+    missing = int(shown.stdout.splitlines()[-1].split(",")[1].split()[0])
+    assert dera("weights", "--check").returncode == int(missing > 0)
 
 
 def test_reconstruct_mistakes(tmp_path):
@@ -113,7 +301,10 @@ def test_training_mistakes(data, tmp_path):
     one.mkdir()
     for i in range(3):
         write_video(one / f"{i}.mp4", render(sample_factors(1, seed=i), 8, 32)[0])
-    train = lambda *words: dera("train-tokenizer", "--out", out, *words)
+
+    def train(*words):
+        return dera("train-tokenizer", "--out", out, *words)
+
     refused(train("--data", tmp_path / "none"), "none")
     refused(train("--data", one), "larger than the 3")
     refused(train("--data", data, "--preset", "huge"), "huge", "tiny")
@@ -179,20 +370,12 @@ def test_train_then_evaluate_then_generate(data, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert f"generator saved in {run / 'generator' / 'generator'}" in result.stdout
-    again = lambda *more: dera(
-        "train-ar",
-        "--data",
-        data,
-        "--tokenizer",
-        run / "tokenizer" / "tokenizer",
-        "--out",
-        run / "generator",
-        "--steps",
-        2,
-        "--batch-size",
-        8,
-        *more,
-    )
+    wanted = ("--data", data, "--tokenizer", run / "tokenizer" / "tokenizer")
+    wanted += ("--out", run / "generator", "--steps", 2, "--batch-size", 8)
+
+    def again(*more):
+        return dera("train-ar", *wanted, *more)
+
     refused(again("--seed", 1), "seed")
     weights = run / "generator" / "generator" / "model.safetensors"
     before = weights.read_bytes()
@@ -261,75 +444,50 @@ def test_train_then_evaluate_then_generate(data, tmp_path):
     assert len(list((tmp_path / "next").glob("*.mp4"))) == 2
 
 
-def test_ctrl_c_keeps_the_finished_clips(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_keeps_the_finished_clips(tmp_path, monkeypatch):
     from dera.ar import Generator
-    from dera.tools import cli
 
     real = Generator.generate_batches
 
     def stopped(self, *args, **kwargs):
-        for n, batch in enumerate(real(self, *args, **kwargs)):
-            if n == 2:
+        for number, batch in enumerate(real(self, *args, **kwargs)):
+            if number == 2:
                 raise KeyboardInterrupt
             yield batch
 
-    monkeypatch.setattr(Generator, "generate_batches", stopped)
     out = tmp_path / "clips"
-    ask = lambda: cli.generate(
-        ("0", "1", "2"),
-        tokenizer=str(checkpoint_path("pocket-tokenizer-tiny")),
-        generator=str(checkpoint_path("pocket-generator-tiny")),
-        count=1,
-        batch_size=1,
-        out=str(out),
-    )
-    assert (
-        cli.run_command(ask, "not this") == 130
-        and capsys.readouterr().err.splitlines()[-1]
-        == f"dera: stopped; 2 finished clips are in {out}"
-    )
-    assert (
-        len(list(out.glob("*.mp4"))) == 2
-        and len(json.loads((out / "generated.json").read_text())["clips"]) == 2
-    )
+    ask = ("generate", *PAIR, "--classes", 0, 1, 2, "--count", 1, "--batch-size", 1, "--out", out)
+    monkeypatch.setattr(Generator, "generate_batches", stopped)
+    done = dera(*ask)
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1] == f"dera: stopped; 2 finished clips are in {out}"
+    assert len(list(out.glob("*.mp4"))) == 2
+    assert len(json.loads((out / "generated.json").read_text())["clips"]) == 2
     monkeypatch.undo()
     before = {p.name: p.read_bytes() for p in out.glob("*.mp4")}
-    assert cli.run_command(ask) == 0
-    assert len(list(out.glob("*.mp4"))) == 3 and all(
-        (out / n).read_bytes() == b for n, b in before.items()
-    )
+    assert dera(*ask).returncode == 0
+    assert len(list(out.glob("*.mp4"))) == 3
+    assert all((out / name).read_bytes() == content for name, content in before.items())
 
 
-@pytest.mark.parametrize(
-    "words, said",
-    [
+def test_ctrl_c_says_what_is_true(monkeypatch):
+    from dera.tools import cli
+
+    def stopped(_):
+        raise KeyboardInterrupt
+
+    goes_on = "dera: stopped; the same command goes on from what is done"
+    for words, said in (
         (["reconstruct", "x.mp4"], "dera: stopped"),
         (["bench", "render"], "dera: stopped"),
         (["audit", "x"], "dera: stopped"),
-        (["evaluate", "--data", "x"], "dera: stopped; the same command goes on from what is done"),
-        (
-            ["train-tokenizer", "--data", "x", "--fresh"],
-            "dera: stopped; the same command without --fresh goes on from what is done",
-        ),
-    ],
-    ids=lambda x: x[0] if type(x) is list else "",
-)
-def test_ctrl_c_says_what_is_true(words, said, monkeypatch, capsys):
-    from dera.tools import cli
-
-    def stopped():
-        raise KeyboardInterrupt
-
-    monkeypatch.setitem(cli._COMMANDS, words[0], (lambda args: stopped, ""))
-    assert here(*words) == 130 and capsys.readouterr().err == said + "\n"
-
-
-PAIR = (
-    "--tokenizer",
-    str(checkpoint_path("pocket-tokenizer-tiny")),
-    "--generator",
-    str(checkpoint_path("pocket-generator-tiny")),
-)
+        (["evaluate", "--data", "x"], goes_on),
+        (["train-ar", "--fresh"], goes_on.replace("command", "command without --fresh")),
+    ):
+        command = cli.COMMANDS[words[0]]._replace(run=stopped)
+        monkeypatch.setitem(cli.COMMANDS, words[0], command)
+        done = dera(*words)
+        assert done.returncode == 130 and done.stderr == said + "\n", words
 
 
 def test_clips_can_be_drawn_again_from_what_is_written(tmp_path):
@@ -406,7 +564,7 @@ def test_oblong_tokenizers_are_refused_where_files_are_read(tmp_path, capsys):
     tokenizer = DeRATokenizer(TokenizerConfig.preset("tiny", size=(32, 48)))
     tokenizer.save_pretrained(tmp_path / "t")
     write_video(tmp_path / "v.mp4", render(sample_factors(1, seed=3), 8, 64)[0])
-    n, codes = tokenizer.num_tokens, tokenizer.config.codebook_size
+    n, codes = tokenizer.num_codes, tokenizer.config.codebook_size
     shape = dict(depth=1, vocab_size=codes, num_tokens=n, tokenizer=fingerprint(tokenizer))
     Generator(
         GeneratorConfig.preset("tiny", **shape, prefix_tokens=n, num_classes=1)
@@ -430,28 +588,6 @@ def test_oblong_tokenizers_are_refused_where_files_are_read(tmp_path, capsys):
     )  # reads no file, so it may be oblong
 
 
-def test_evaluate_goes_to_the_accelerator(data, tmp_path, monkeypatch):
-    import accelerate
-
-    from dera.runtime.measuring import device_of
-    from dera.tools import cli, evaluate
-
-    class State:
-        device, is_main_process = torch.device("meta"), False
-
-    seen = []
-    monkeypatch.setattr(accelerate, "PartialState", lambda **_: State)
-    monkeypatch.setattr(evaluate, "load_extractor", lambda *words: words[3])
-
-    def measure(model, data, out, extractor, **_):
-        seen.append((device_of(model).type, str(extractor)))
-
-    monkeypatch.setattr(evaluate, "evaluate_tokenizer", measure)
-    monkeypatch.setattr(evaluate, "evaluation_table", lambda result: "")
-    cli.evaluate(str(data), workers=2, out=str(tmp_path))
-    assert seen == [("meta", "meta")]
-
-
 def test_the_command_line_is_a_module_too(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "dera.tools.cli", "evaluate", "--data", str(tmp_path / "none")],
@@ -464,9 +600,6 @@ def test_the_command_line_is_a_module_too(tmp_path):
 
 
 def test_audit_and_prepare(data, tmp_path):
-    import json
-    import shutil
-
     root, out = tmp_path / "copy", tmp_path / "audit.json"
     shutil.copytree(data, root)
     result = dera("audit", root, "--out", out)
@@ -531,15 +664,4 @@ def test_bench_train(tmp_path):
         assert sum(rows[p]["share"] or 0 for p in (*parts, "rest")) == pytest.approx(1)
     for p in "decoder", "perceptual", "discriminator":
         assert full[p]["teraflop"] == pytest.approx(2 * bare[p]["teraflop"])
-    d, n, depth, pixels = (
-        128,
-        64 + 64,
-        4,
-        3 * 2 * 8 * 8,
-    )  # the decoder by hand: forward, and twice as much backward; 5 products of attention there
-    linear = 2 * n * 12 * d * d * depth + 2 * 64 * 16 * d + 2 * 64 * d * pixels
-    attention = 4 * n * n * d * depth
-    assert full["decoder"]["teraflop"] == pytest.approx(
-        2 * (3 * linear + 3.5 * attention) / 1e12, rel=0.02
-    )
     assert full["step"]["mfu_matmul"] > 0 and full["step"]["mfu_nominal"] is None

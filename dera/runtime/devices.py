@@ -30,5 +30,9 @@ def autocast(
     device: str,  # `cuda`, `cpu`
 ) -> torch.autocast:
     "The context in which a precision computes."
-    dtype = torch.float16 if name == "fp16" else torch.bfloat16 if use_bf16(name) else None
+    dtype = None
+    if name == "fp16":
+        dtype = torch.float16
+    elif use_bf16(name):
+        dtype = torch.bfloat16
     return torch.autocast(device, dtype, enabled=dtype is not None)
