@@ -6,9 +6,11 @@
 __all__ = ['write_atomic', 'environment', 'RunFolder']
 
 # %% ../../nbs/runtime/run_folder.ipynb #imports
+import contextlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -106,7 +108,76 @@ class RunFolder:
         self,
         before: int | None = None,  # only lines whose step is at most this
     ) -> list[dict]:
-        "The log as a list, oldest first."
+        "The log as a list, oldest first; a line that a dying machine left half written is not in it."
         file = self.path / "log.jsonl"
-        lines = [json.loads(l) for l in file.read_text().splitlines()] if file.exists() else []
-        return [l for l in lines if before is None or l.get("step", 0) <= before]
+        if not file.exists():
+            return []
+        lines = []
+        for text in file.read_text(errors="replace").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and (before is None or line.get("step", 0) <= before):
+                lines.append(line)
+        return lines
+
+    def rewind(
+        self,
+        step: int,  # of the checkpoint that the run goes on from
+    ):
+        "Set the log back to a step."
+        lines = [json.dumps(line) + "\n" for line in self.history(before=step)]
+        write_atomic(self.path / "log.jsonl", "".join(lines))
+
+    @contextlib.contextmanager
+    def lock(self):
+        "Refuse a second run in this folder while the first lives; the lock dies with its process."
+        try:
+            import fcntl
+
+            file = open(self.path / ".lock", "a")  # noqa: SIM115
+        except (ImportError, OSError):  # no such locks on this system
+            yield
+            return
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise InputError(
+                f"another run is writing into {self.path}; wait for its end or choose another --out"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            yield
+        finally:
+            file.close()
+
+    def make_room(
+        self,
+        need: int,  # bytes of two checkpoints
+    ):
+        "Remove what killed runs left; refuse a disk on which two checkpoints have no room."
+        for old in (*self.path.glob("*.tmp"), *self.path.glob("rehearsal.safetensors")):
+            if old.is_dir():
+                shutil.rmtree(old)
+            else:
+                old.unlink(missing_ok=True)
+        free = shutil.disk_usage(self.path).free
+        if free < need:
+            raise InputError(
+                f"{self.path} has room for {free / 1e6:.0f} MB; "
+                f"two checkpoints need {need / 1e6:.0f} MB; make room or choose another --out"
+            )
+
+    def replace_folder(
+        self,
+        name: str,  # of a folder in this one
+        write,  # writes its content into the folder that it is given
+    ):
+        "Write a folder beside its place and move it there."
+        part = self.path / f"{name}.{os.getpid()}.tmp"
+        write(part)
+        shutil.rmtree(self.path / name, ignore_errors=True)
+        part.rename(self.path / name)

@@ -601,11 +601,11 @@ def _random_parts(c, device):
     from dera import train_tokenizer as train
     from dera.losses import ReconstructionLoss
 
-    tokenizer = train._tokenizer(c, None)
+    tokenizer = train.build_tokenizer(c)
     torch.nn.init.normal_(tokenizer.out.weight, std=0.02)  # or no gradient passes at first
-    t = train._parts(replace(c, lambda_a=0.0, lambda_m=0.0, perceptual=""), tokenizer, device)
+    t = train.build_state(replace(c, lambda_a=0.0, lambda_m=0.0, perceptual=""), tokenizer, device)
     load = lambda name: train.load_teacher(name, pretrained=False).to(device) if name else None
-    t.teachers = [load(train._teacher_name(c, kind)) for kind in ("image", "video")]
+    t.teachers = [load(train.teacher_name(c, kind)) for kind in ("image", "video")]
     t.alignment = train.Alignment(
         tokenizer.config.dim,
         *[x and x.dim for x in t.teachers],
@@ -619,7 +619,7 @@ def _random_parts(c, device):
         ReconstructionLoss(l2_weight=c.l2_weight),
         ReconstructionLoss(t.eyes, c.perceptual_weight, c.l2_weight),
     )
-    t.optimizers = train._optimizers(c, t)
+    t.optimizers = train.build_optimizers(c, tokenizer, t.alignment, t.prior, t.discriminator)
     t.rates = [[g["lr"] for g in o.param_groups] for o in t.optimizers.values()]
     return t
 
@@ -649,7 +649,7 @@ def _wait(device):
 
 # %% ../../nbs/tools/bench.ipynb #train-cut
 def _cut_gradients(c, t, x, clock):  # (B, 3, T, H, W)
-    "The gradients of `_step`, part by part; returns the reconstruction."
+    "The gradients of `train_step`, part by part; returns the reconstruction."
     from dera.losses import adversarial_term, perceptual_distance
 
     mixed, scale, w = (
@@ -707,7 +707,7 @@ def _cut_alignment(c, t, x, encoded, clock):
 def _cut_step(c, t, x, clock):
     "A whole step in parts, with the opponent's update as `turn`."
     from dera.losses import discriminator_terms
-    from dera.train_tokenizer import _update
+    from dera.train_tokenizer import update
 
     torch.manual_seed(0)
     clock.rounds.append(Counter())
@@ -719,9 +719,9 @@ def _cut_step(c, t, x, clock):
         with autocast(c.precision, x.device.type):
             L_d, _ = discriminator_terms(t.discriminator, x, video, t.lecam)
         t.scaler.scale(L_d).backward()
-        _update(c, t, ["discriminator"])
+        update(c, t, ["discriminator"])
     with clock("optimiser"):
-        _update(c, t, ["muon", "adam"])
+        update(c, t, ["muon", "adam"])
         t.scaler.update()
         if t.ema:
             t.ema.update_parameters(t.tokenizer)
@@ -799,7 +799,7 @@ def _train_rows(
     return [row(p) for p in (*_PARTS, "rest", "tokenizer + teachers", "step", "matmul")]
 
 # %% ../../nbs/tools/bench.ipynb #train-bench
-_TRAIN_PROTOCOL = """The step cut at its seams (each part forward and backward where it is done; waits for the device around each), the whole step by `_step`, reading \
+_TRAIN_PROTOCOL = """The step cut at its seams (each part forward and backward where it is done; waits for the device around each), the whole step by `train_step`, reading \
 of a batch and a large matrix product in turn, in one process; one round to warm up, median of the rounds that count. Random weights, random clips. discriminator: \
 its verdict at every step and a share of its update. rest: the whole step less the sum of its parts, below zero where uncut work or a busy machine differ. data: one \
 process, beside the step. teraflop: torch.utils.flop_counter, of one clip times the batch, without the optimiser. mfu_matmul: operations a second over those of the product in the same \
@@ -817,7 +817,7 @@ def bench_train(
     out: str = "",  # also write a JSON file
 ) -> dict:  # see `table`
     "Where the time of a tokenizer's training step goes."
-    from dera.train_tokenizer import _step
+    from dera.train_tokenizer import train_step
 
     if min(batch, repeats) < 1:
         raise InputError(f"batch is {batch} and repeats {repeats}; both are whole numbers from 1")
@@ -841,7 +841,7 @@ def bench_train(
     with tempfile.TemporaryDirectory() as folder:
         functions = dict(
             cut=lambda: _cut_step(c, t, x, clock),
-            step=lambda: _step(c, t, x, 1, 1000),
+            step=lambda: train_step(c, t, x, 1, 1000),
             data=_reader(c, config, folder),
             product=product,
         )
