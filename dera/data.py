@@ -32,10 +32,9 @@ from dera.runtime.manifests import (  # noqa: F401
 )
 from .runtime.names import printable
 from .runtime.orders import EpochOrder, MixtureOrder, hash_numbers
-from .runtime.video import fit, load_frames
-from .runtime.workers import for_each
+from .runtime.video import load_frames
 
-_load, _fit, _each = load_frames, fit, for_each  # names that other rooms still use
+_load = load_frames
 _all_ = [
     "VideoInfo",
     "probe",

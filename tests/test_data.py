@@ -1,4 +1,4 @@
-"Manifests, the data set and its batches, audit and prepared copies: the same clips on every run, one line for every bad input."
+"Manifests, the data set, its batches, audit and copies: the same clips on every run, one line for bad input."
 
 import gc
 import json
@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-import dera.data as data
 from dera.data import (
     Manifest,
     VideoClips,
@@ -475,7 +474,7 @@ def test_workers_caches_and_resumes_see_the_same_clips(world):
     assert len(alone[0]) == 16 and len({p for p, *_ in alone[0]}) == 16
     assert [p for p, *_ in alone[0]] != [p for p, *_ in alone[1]]  # another order
     assert any(
-        not torch.equal(v, dict((p, w) for p, _, w in alone[1])[p]) for p, _, v in alone[0]
+        not torch.equal(v, {p: w for p, _, w in alone[1]}[p]) for p, _, v in alone[0]
     )  # other windows
     assert all(map(same, alone, collect(root, 0, cache=True)))
     assert all(
@@ -495,7 +494,10 @@ def test_starts_depend_on_seed_epoch_and_index(world):
     base = starts(0, 0)
     distinct = {v.numpy().tobytes() for v in base}
     assert 6 < len(distinct) <= 13  # one file, 13 possible windows
-    agree = lambda a, b: sum(torch.equal(x, y) for x, y in zip(a, b))
+
+    def agree(a, b):
+        return sum(torch.equal(x, y) for x, y in zip(a, b))
+
     assert (
         agree(base, starts(0, 0)) == 30
         and agree(base, starts(1, 0)) < 12
@@ -643,7 +645,10 @@ def test_a_bad_clip_is_replaced_and_the_others_are_not_touched(spoilt, log, cach
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_share_the_epoch_and_the_marks(spoilt, log, method):
     root, _, k = spoilt
-    make = lambda: VideoClips(root, 8, 32, flip=True, seed=2, replace_bad=True)
+
+    def make():
+        return VideoClips(root, 8, 32, flip=True, seed=2, replace_bad=True)
+
     alone, clips, workers = epochs_of(make(), 0, (0, 5, 2)), make(), 2 if method == "fork" else 1
     assert all(
         map(same, alone, epochs_of(clips, workers, (0, 5, 2), multiprocessing_context=method))
@@ -802,7 +807,10 @@ def break_it(root):
     "One thing of each kind wrong in a pocket world; returns the paths."
     lists = {k: root / f"ucfTrainTestlist/{k}list01.txt" for k in ("train", "test")}
     train, test = ([l.split()[0] for l in f.read_text().splitlines()] for f in lists.values())
-    at = lambda n: str(root / n)
+
+    def at(n):
+        return str(root / n)
+
     Path(at(train[0])).unlink()
     content = Path(at(train[1])).read_bytes()
     Path(at(train[1])).write_bytes(content[: len(content) // 2])

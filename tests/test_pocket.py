@@ -1,10 +1,8 @@
-"""The pocket world: one seed, one world, whatever the batch, the arithmetic or the order; gradients; swaps; splits; files that
-survive interruptions and refuse to be mixed; bad input."""
+"The pocket world: one seed, one world; gradients; swaps; splits; files that survive interruptions; bad input."
 
 import itertools
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import av
 import numpy as np
@@ -304,7 +302,10 @@ def test_gradients_against_finite_differences(name):
     f, e = double(every(56, 6)), 1e-7
     value = getattr(f, name)
     weight = torch.cos(torch.arange(3 * 3 * 24 * 24).double() * 0.37).view(3, 3, 24, 24)
-    loss = lambda v: (render(replace(f, **{name: v}), 3, 24) * weight).mean((1, 2, 3, 4))
+
+    def loss(v):
+        return (render(replace(f, **{name: v}), 3, 24) * weight).mean((1, 2, 3, 4))
+
     (slope,) = torch.autograd.grad(loss(x := value.clone().requires_grad_()).sum(), x)
     numeric = (loss(value + e) - loss(value - e)) / (2 * e)
     assert (slope - numeric).norm() < 1e-3 * numeric.norm() and (
@@ -351,24 +352,33 @@ def test_a_swapped_clip_moves_like_the_other_and_looks_like_the_first():
     ghost = dict(
         background=torch.zeros(40).long(), bg_value=torch.zeros(40), texture=torch.zeros(40).long()
     )
-    place = lambda f: (
-        render(replace(f, **ghost), 6, 48).amax(1) > 0.3
-    ).float()  # where the object is
-    centre = lambda m: torch.stack(
-        [
-            (m * torch.linspace(-1, 1, 48).view(s)).sum((2, 3)) / m.sum((2, 3))
-            for s in ((1, 48), (48, 1))
-        ],
-        -1,
-    )
+
+    def place(f):
+        return (render(replace(f, **ghost), 6, 48).amax(1) > 0.3).float()  # where the object is
+
+    def centre(m):
+        return torch.stack(
+            [
+                (m * torch.linspace(-1, 1, 48).view(s)).sum((2, 3)) / m.sum((2, 3))
+                for s in ((1, 48), (48, 1))
+            ],
+            -1,
+        )
+
     inside = (b.motion < 6) & (b.motion != 4)
-    disc = lambda f: replace(f, shape=torch.zeros(40).long())
+
+    def disc(f):
+        return replace(f, shape=torch.zeros(40).long())
+
     a, b = disc(a), disc(b)
     swapped = a.swap(motion_of=b)
     path = centre(place(swapped))
     seen = inside[:, None] & (path.abs().amax(-1) < 0.35)
     assert seen.sum() > 30 and (path - centre(place(b)))[seen].abs().max() < 0.08
-    brightest = lambda f: render(replace(f, **ghost), 1, 48).amax((2, 3, 4))
+
+    def brightest(f):
+        return render(replace(f, **ghost), 1, 48).amax((2, 3, 4))
+
     rest = dict(
         motion=torch.full((40,), MOTIONS.index("Grow")), x=torch.zeros(40), y=torch.zeros(40)
     )
