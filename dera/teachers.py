@@ -758,7 +758,7 @@ def _train_step(config, objective, optimizers, step, device):
     nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
-    return {name: value.item() for name, value in log.items()}
+    return {name: value.detach() for name, value in log.items()}
 
 
 def train_teacher(
@@ -792,7 +792,7 @@ def train_teacher(
         for name, value in log.items():
             sums[name] = sums.get(name, 0) + value / config.log_every
         if (step + 1) % config.log_every == 0:
-            means = {name: round(value, 4) for name, value in sums.items()}
+            means = {name: round(value.item(), 4) for name, value in sums.items()}
             run.log(step=step + 1, **means, seconds=round(time.time() - clock, 1))
             sums, clock = {}, time.time()
         if (step + 1) % config.save_every == 0:
