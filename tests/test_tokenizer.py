@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -574,6 +575,32 @@ def test_float64_stays_float64():
     assert torch.allclose(attend(q, k, v), wanted, rtol=1e-12, atol=1e-12)
     model = build(DeRATokenizer).double()
     assert model(noise(SMALL, 1).double()).video.dtype == torch.float64
+
+
+def to_pretended_gpu(model):
+    "Parameters and buffers of a fake tensor mode, on a GPU that is not there."
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            moved = torch.nn.Parameter(p.detach().to("cuda"), requires_grad=p.requires_grad)
+            module._parameters[name] = moved
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to("cuda")
+    return model
+
+
+@pytest.mark.parametrize("quantizer", ["svq", "vq", "fsq"])
+def test_on_a_gpu_nothing_mixes_devices_and_training_waits_for_nothing(quantizer):
+    "With pretended tensors, of which reading any value is an error."
+    config = replace(SMALL, quantizer=quantizer, restart=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = to_pretended_gpu(DeRATokenizer(config)).train()
+        video = torch.rand(2, 3, 8, 32, 32, device="cuda")
+        model.init_quantizer(video)
+        with torch.autocast("cuda", torch.bfloat16):
+            out = model(video)
+        assert out.video.is_cuda and out.encoded.indices.is_cuda
+        assert out.encoded.quantizer_loss.dtype == torch.float32
+        assert model.eval().decode(out.encoded.indices).shape == video.shape
 
 
 # ---- sizes
