@@ -172,7 +172,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache[0, :, :, start:stop] = keys
             cache[1, :, :, start:stop] = values
-            keys, values = cache[:, :, :, :stop]
+            keys, values = cache[:, :, :, :stop].to(queries.dtype)  # under autocast they differ
         mixed = attend(queries, keys, values)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, dim))
 

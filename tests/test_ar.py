@@ -249,9 +249,7 @@ def test_captured_steps_equal_uncached_ones(monkeypatch):
         decoder, logits = ar.fast_decoder(g, 3), g(y, label)
         decoder.cache.normal_()
         for i in range(150):
-            assert torch.allclose(
-                decoder.replay(x + g.positions[i], i), logits[:, i], atol=1e-4
-            ), i
+            assert torch.allclose(decoder.replay(x + g.positions[i], i), logits[:, i], atol=1e-4), i
             x = g.tokens(y[:, i])
     assert len(recorded) == 2 and sorted(decoder.graphs) == [(3, 128), (3, 150)]
 
@@ -266,7 +264,9 @@ def test_the_step_works_without_packed_weights_and_drops_packed_ones(monkeypatch
 
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", unsupported, raising=False)
     monkeypatch.setattr(
-        fast_decoder, "linear", lambda x, weight: (packed.append(weight.is_mkldnn), linear(x, weight))[1]
+        fast_decoder,
+        "linear",
+        lambda x, weight: (packed.append(weight.is_mkldnn), linear(x, weight))[1],
     )
     assert (
         torch.equal(g.generate(labels, temperature=0, guidance=2.0), greedy)

@@ -23,6 +23,7 @@ from dera.ar import Generator, GeneratorConfig
 from dera.runtime.checkpoints import checkpoint_path, load_checkpoint, load_model, save_checkpoint
 from dera.runtime.errors import InputError
 from dera.runtime.run_folder import RunFolder
+from dera.runtime.token_files import Layout, written_blocks
 from dera.train_ar import (
     TIMES,
     ARConfig,
@@ -173,16 +174,20 @@ def test_tokens_are_what_the_tokenizer_says(whole):
 def test_killed_while_tokenising(whole, tmp_path):
     "kill -9 in another process; the same call encodes what is missing, and the file is the same to the last bit."
     path, codes = tmp_path / "tokens.npy", Codes()
-    labels = lambda: train_ar._map(path.with_suffix(".part"), "r")[1]
+    layout = Layout(50, 4, 20)
+
+    def blocks():
+        return written_blocks(path, layout)
+
     slow = child(
         f"tokenize_dataset(Codes(), Noise(at={{i: (lambda: time.sleep(.15)) for i in range(50)}}), {str(path)!r}, **OPTIONS)"
     )
-    while not path.with_suffix(".part.json").exists() or (labels() == train_ar._OPEN).all():
+    while not blocks():
         time.sleep(0.05)
         assert slow.poll() is None, slow.stderr.read()
     slow.send_signal(signal.SIGKILL)
     slow.wait()
-    left = int((labels() == train_ar._OPEN)[:, ::2].sum())
+    left = 100 - sum(min(8, 50 - row) for row, _ in blocks())
     assert 0 < left < 100
     with pytest.raises(InputError) as e:
         load_tokens(path)
@@ -190,7 +195,7 @@ def test_killed_while_tokenising(whole, tmp_path):
     tokenize_dataset(codes, Noise(), path, **OPTIONS)
     assert (
         digest(path) == digest(whole)
-        and codes.clips == 2 * left
+        and codes.clips == 2 * left + 1  # and one for the length of a row
         and sorted(p.name for p in tmp_path.iterdir()) == ["tokens.json", "tokens.npy"]
     )
 
@@ -208,12 +213,10 @@ def test_stopped_at_every_batch(whole, tmp_path):
                 **OPTIONS,
             )
         assert stop is ctrl_c or e.value.code == 0
-        if (
-            np.asarray(train_ar._map(path.with_suffix(".part"), "r")[1]) == train_ar._OPEN
-        ).sum() == 0:
+        if len(written_blocks(path, Layout(50, 4, 20))) == 14:
             break
     tokenize_dataset(codes, Noise(), path, **OPTIONS)
-    assert digest(path) == digest(whole) and codes.clips == 4 * 50 + 1
+    assert digest(path) == digest(whole) and 200 < codes.clips < 206  # one a call for the length
 
 
 @pytest.mark.parametrize(
@@ -358,11 +361,9 @@ def test_averaged_weights_are_saved_and_validated(tmp_path):
     assert same(load_model(Generator, tmp_path / "generator"), g) and not torch.equal(
         state["model"]["head.weight"], g.head.weight
     )
-    d = train_ar._data(c, tokens, labels)
-    assert (
-        abs(train_ar._held_out_loss(g, d.held, 0, "no", 8) - numbers(tmp_path)[-1]["val_loss"])
-        < 1e-6
-    )
+    held = train_ar.training_data(c, tokens, labels).held
+    loss = train_ar.held_out_loss(g, held, c)
+    assert abs(loss - numbers(tmp_path)[-1]["val_loss"]) < 1e-6
 
 
 def test_sigterm(tmp_path):
@@ -389,17 +390,19 @@ def test_sigterm(tmp_path):
 
 def poison(monkeypatch, steps):
     "The loss of these steps is not a number."
-    whole, seen = train_ar._step, []
+    train_step, rows_loss, seen = train_ar.train_step, train_ar.rows_loss, []
 
-    def step(c, t, data, step, *place):
+    def broken_loss(*args):
+        return rows_loss(*args) * math.nan
+
+    def step_with_poison(config, state, data, step, *place):
         seen.append(step)
-        broken = (lambda *a: loss(*a) * math.nan) if step in steps else loss
-        with monkeypatch.context() as m:
-            m.setattr(train_ar, "_loss", broken)
-            return whole(c, t, data, step, *place)
+        with monkeypatch.context() as patched:
+            if step in steps:
+                patched.setattr(train_ar, "rows_loss", broken_loss)
+            return train_step(config, state, data, step, *place)
 
-    loss = train_ar._loss
-    monkeypatch.setattr(train_ar, "_step", step)
+    monkeypatch.setattr(train_ar, "train_step", step_with_poison)
     return seen
 
 
