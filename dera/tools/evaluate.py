@@ -28,7 +28,7 @@ from ..ar import Generator, frame_prefix
 from ..data import VideoClips, as_float, manifest, open_clips
 from ..metrics import Extractor, load_extractor, lpips, score_name, ssim, stats_distance
 from ..quantize import codebook_stats
-from ..runtime.checkpoints import checkpoint_path, load_model
+from ..runtime.checkpoints import checkpoint_path, fingerprint, load_model
 from ..runtime.errors import InputError
 from ..runtime.measuring import computing_in, device_of, frozen
 from ..runtime.names import printable
@@ -46,7 +46,6 @@ from dera.tools.protocols import (
     protocol_rows,
     refuse_missing_weights,
 )
-from ..train_ar import fingerprint
 
 # %% ../../nbs/tools/evaluate.ipynb #all
 _all_ = ["evidence", "PROTOCOLS", "Protocol", "named_protocol", "protocol_rows"]

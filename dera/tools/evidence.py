@@ -27,14 +27,13 @@ from dera.metrics import (
 )
 from ..pocket import CLASSES, MOTIONS, SHAPES, PocketClips, render, sample_factors
 from ..quantize import codebook_stats
-from ..runtime.checkpoints import load_model
+from ..runtime.checkpoints import fingerprint, load_model
 from ..runtime.errors import InputError
 from ..runtime.measuring import computing_in, device_of, frozen
 from ..runtime.pictures import animation
 from ..runtime.run_folder import RunFolder, environment, write_atomic
 from ..streams import load_tokenizer
 from .parts import claim_folder
-from ..train_ar import fingerprint
 
 # %% ../../nbs/tools/evidence.ipynb #clips
 EVIDENCE_SEED = 2**43  # trainings draw from seeds below 2**42
