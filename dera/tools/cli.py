@@ -225,14 +225,16 @@ class TrainTeachers:
     image_steps: int = 2000  # of the image teacher
     video_steps: int = 1500  # of the video teacher
     seed: int = 0  # of weights and clips
+    level: Literal["all", "plain", "textured", "busy"] = "all"  # of the clips they see
 
 
 def run_train_teachers(options):
     from dera.teachers import TeacherConfig, train_teacher
 
     out = Path(options.out)
-    image = TeacherConfig("image", options.image_steps, seed=options.seed)
-    video = TeacherConfig("video", options.video_steps, lr=1e-3, seed=options.seed)
+    common = dict(seed=options.seed, level=options.level)
+    image = TeacherConfig("image", options.image_steps, **common)
+    video = TeacherConfig("video", options.video_steps, lr=1e-3, **common)
     train_teacher(image, out / "image")
     train_teacher(video, out / "video")
 
