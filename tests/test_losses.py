@@ -1,4 +1,5 @@
-"The terms of the loss against formulas and libraries in float64, who gets gradients from what, and two processes against one."
+"""The terms of the loss against formulas and libraries in float64, who gets gradients from what, and
+two processes against one."""
 
 import copy
 import inspect
@@ -37,7 +38,10 @@ from dera.runtime.checkpoints import load_checkpoint, save_checkpoint
 from dera.runtime.errors import InputError
 
 bce = F.binary_cross_entropy_with_logits
-count = lambda module: sum(p.numel() for p in module.parameters())
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -211,10 +215,13 @@ def test_lpips_formula_in_float64(hub, clips):
     lpips = load_lpips().double()
     net = lpips.net
     x, y = clips[:1, :, :2].double(), clips[1:2, :, :2].double()
-    scale = lambda v: (
-        (2 * v[0].transpose(0, 1) - 1 - net.scaling_layer.shift) / net.scaling_layer.scale
-    )
-    unit = lambda f: f / (f.pow(2).sum(1, keepdim=True) + 1e-8).sqrt()
+
+    def scale(v):
+        return (2 * v[0].transpose(0, 1) - 1 - net.scaling_layer.shift) / net.scaling_layer.scale
+
+    def unit(f):
+        return f / (f.pow(2).sum(1, keepdim=True) + 1e-8).sqrt()
+
     wanted = 0
     for a, b, lin in zip(net.net(scale(x)), net.net(scale(y)), net.lins):
         w = lin.model[-1].weight[0]
@@ -463,9 +470,9 @@ def test_lecam_weight_is_applied_once(clips):
 
 
 def test_lecam_resumes_exactly(tmp_path):
-    steps = lambda lecam, seeds: [
-        lecam(*(normal(2, 8, seed=s, dtype=torch.float32) + 0.3)) for s in seeds
-    ]
+    def steps(lecam, seeds):
+        return [lecam(*(normal(2, 8, seed=s, dtype=torch.float32) + 0.3)) for s in seeds]
+
     lecam = LeCAM()
     steps(lecam, range(50))
     save_checkpoint(tmp_path / "x.safetensors", lecam.state_dict())
@@ -492,18 +499,32 @@ def test_lecam_anchors_survive_nan_and_evaluation():
 
 WORKER = """
 import json, sys, torch
+
 rank, world, place = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 from dera.losses import LeCAM, discriminator_loss
-if world > 1: torch.distributed.init_process_group('gloo', init_method=f'file://{place}/meet', rank=rank, world_size=world)
-w = torch.tensor([1., -.5], requires_grad=True); lecam, out = LeCAM(decay=.5, weight=.3), []
+
+if world > 1:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{place}/meet", rank=rank, world_size=world
+    )
+w = torch.tensor([1.0, -0.5], requires_grad=True)
+lecam, out = LeCAM(decay=0.5, weight=0.3), []
 for step in range(8):
-    data = torch.randn(2, 12, 2, generator=torch.Generator().manual_seed(step)) + torch.tensor([.5, -.5])[:, None, None]
-    real, fake = data[:, rank::world]@w
-    g, = torch.autograd.grad(discriminator_loss(real, fake) + lecam(real, fake), w)
-    if world > 1: torch.distributed.all_reduce(g); g = g/world
-    w.data -= .3*g; out.append([*w.tolist(), lecam.real.item(), lecam.fake.item()])
-open(f'{place}/{world}-{rank}.json', 'w').write(json.dumps(out))
-if world > 1: torch.distributed.barrier(); torch.distributed.destroy_process_group()
+    data = (
+        torch.randn(2, 12, 2, generator=torch.Generator().manual_seed(step))
+        + torch.tensor([0.5, -0.5])[:, None, None]
+    )
+    real, fake = data[:, rank::world] @ w
+    (g,) = torch.autograd.grad(discriminator_loss(real, fake) + lecam(real, fake), w)
+    if world > 1:
+        torch.distributed.all_reduce(g)
+        g = g / world
+    w.data -= 0.3 * g
+    out.append([*w.tolist(), lecam.real.item(), lecam.fake.item()])
+open(f"{place}/{world}-{rank}.json", "w").write(json.dumps(out))
+if world > 1:
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 """
 
 
@@ -526,6 +547,59 @@ def test_two_processes_equal_one(tmp_path, root, monkeypatch):
         for n in ("1-0", "2-0", "2-1")
     )
     assert torch.equal(a, b) and torch.allclose(a, one, atol=1e-5) and one[-1, 2] != 0
+
+
+def test_lecam_moves_once_for_all_parts_of_a_step():
+    "Parts of any sizes: the anchors of the whole batch, each part compared with those of before the step."
+    for sizes in [12], [6, 6], [1, 4, 7], [3] * 4:
+        whole, parts = (LeCAM(decay=0.6, weight=1.0, parts=n).double() for n in (1, len(sizes)))
+        for step in range(4):
+            real, fake = 3 * normal(2, 12, seed=step) + torch.tensor([[1.0], [-1.0]])
+            wanted, found, before = whole(real, fake), 0.0, parts.real.clone()
+            for i, (some, others) in enumerate(zip(real.split(sizes), fake.split(sizes))):
+                found = found + len(some) / 12 * parts(some, others)
+                moved = not torch.equal(parts.real, before)
+                assert moved == (i == len(sizes) - 1), (sizes, i)
+            assert torch.allclose(found, wanted, rtol=1e-12)
+            assert torch.allclose(parts.real, whole.real, rtol=1e-12)
+            assert torch.allclose(parts.fake, whole.fake, rtol=1e-12)
+        assert list(parts.state_dict()) == ["real", "fake"]
+
+
+# ---- on a device that is not there
+
+
+def test_everything_stays_on_the_device():
+    "Fake CUDA tensors run through every term: a number made on the CPU would be refused."
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), torch.device("cuda"):
+        discriminator, lecam = VideoDiscriminator.preset("tiny"), LeCAM()
+        x, y = torch.rand(2, 3, 8, 32, 32), torch.rand(2, 3, 8, 32, 32, requires_grad=True)
+        total, terms = ReconstructionLoss(Patches("image").float().cuda(), 0.5, 4.0)(y, x)
+        loss, log = discriminator_terms(discriminator, x, y, lecam)
+        adversarial = adversarial_term(discriminator, y)
+        prior = ARPrior(num_tokens=6, latent_dim=4, dim=8, depth=1, heads=2).eval()
+        indices = torch.zeros(2, 6, dtype=torch.long)
+        forecast = prior(torch.rand(2, 6, 4), indices, torch.rand(5, 4))
+        everything = [total_loss(total, loss, adversarial, forecast), lecam.real, *terms.values()]
+        for value in everything + list(log.values()):
+            assert value.device.type == "cuda"
+
+
+def test_lpips_in_parts_is_lpips(hub, clips):
+    from dera.runtime.lpips import LPIPSVGG as moved
+
+    whole, y = load_perceptual("lpips-vgg"), (clips[:2, :, :3] + 0.1).requires_grad_()
+    assert moved is LPIPSVGG
+    wanted = whole(y, clips[:2, :, :3])
+    (gradient,) = torch.autograd.grad(wanted, y)
+    for frames in 1, 4, 100:
+        parts = load_perceptual("lpips-vgg", frames_at_once=frames)
+        parts.load_state_dict(whole.state_dict())
+        found = parts(y, clips[:2, :, :3])
+        assert torch.allclose(found, wanted, rtol=1e-5)
+        assert torch.allclose(torch.autograd.grad(found, y)[0], gradient, atol=1e-7)
 
 
 # ---- the prior
@@ -630,7 +704,7 @@ def test_prior_learns_a_rule_and_its_floor():
     )
     codes = F.normalize(normal(16, 8, dtype=torch.float32), dim=-1)
     adam = torch.optim.Adam(prior.parameters(), 5e-3)
-    for step in range(120):
+    for _step in range(120):
         indices = (torch.randint(16, (32, 1)) + 3 * torch.arange(12)) % 16
         loss = prior(codes[indices], indices, codes)
         adam.zero_grad()
@@ -658,6 +732,21 @@ def test_prior_under_autocast_scores_codes_in_float32():
     assert not torch.allclose(
         low, F.cross_entropy(rough.flatten(0, 1), indices[:, 1:].flatten()), rtol=1e-6
     )
+
+
+def test_processes_drop_different_activations_and_go_on_alike(monkeypatch):
+    "Each rank has a dropout of its own; what is drawn afterwards is the same in all, and in one process."
+    prior, codes, indices, z = make_prior()
+    found = {}
+    for rank, world in (0, 1), (0, 2), (1, 2):
+        monkeypatch.setattr("dera.losses.world_size", lambda world=world: world)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        torch.manual_seed(7)
+        losses = [prior(z, indices, codes, sampling=0.5).item() for _ in range(2)]
+        assert losses[0] != losses[1]  # parts of a step do not repeat each other
+        found[rank, world] = losses, torch.rand(3)
+    assert found[0, 1][0] == found[0, 2][0] != found[1, 2][0]
+    assert torch.equal(found[0, 1][1], found[1, 2][1])
 
 
 def test_prior_refuses():

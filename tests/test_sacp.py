@@ -1,5 +1,5 @@
-"""SACP against an independent implementation, its geometry, what the losses' backward passes give, precision and compilation,
-micro-batches, several processes, memory."""
+"""SACP against an independent implementation, its geometry, what the losses' backward passes give,
+precision and compilation, micro-batches, several processes, memory."""
 
 import gc
 import itertools
@@ -12,7 +12,6 @@ import sys
 import weakref
 from pathlib import Path
 
-import nbformat
 import pytest
 import torch
 import torch.nn as nn
@@ -23,7 +22,8 @@ from torchjd.aggregation import PCGrad
 from dera.align import Alignment, teacher_features
 from dera.pocket import render, sample_factors
 from dera.runtime.errors import InputError
-from dera.sacp import SACP, GradientSACP, SoftConflict, batch_share, project, sacp
+from dera.runtime.two_arrows import project_by_formulas, two_arrows
+from dera.sacp import SACP, GradientSACP, SoftConflict, project, sacp
 from dera.streams import DeRATokenizer, TokenizerConfig
 from dera.teachers import load_teacher
 
@@ -137,7 +137,8 @@ def test_relative_eps_is_free_of_scale(scale):
 
 
 class Mix(nn.Module):
-    "Attention and a nonlinearity in whatever precision it is given; `dera.query.Transformer` computes attention in float32 on a CPU."
+    """Attention and a nonlinearity in whatever precision it is given; `dera.query.Transformer` computes
+    attention in float32 on a CPU."""
 
     def __init__(self, dim):
         super().__init__()
@@ -260,7 +261,8 @@ def test_no_conflict_leaves_gradients_bit_identical(level, weights, dtype):
 
 
 def test_projector_gradients_as_stated():
-    "Loss level: the projectors' gradients grow by lambda_a - lambda_m c_m and lambda_m - lambda_a c_a. Encoder level: they do not."
+    """Loss level: the projectors' gradients grow by lambda_a - lambda_m c_m and lambda_m - lambda_a c_a.
+    Encoder level: they do not."""
     net, (w_a, w_m) = Net(), (1.0, 0.5)
     L_a, L_m, _ = net(batch())
     heads = [*net.h_a.parameters(), *net.h_m.parameters()]
@@ -322,16 +324,101 @@ def test_losses_without_graph_or_weight_have_no_say():
             for a, b in zip(grads_of(r.loss_a + r.loss_m, params), grads_of(plain, params))
         )
     with pytest.raises(InputError, match="unfreeze"):
-        sacp(L_a, L_m, [p for p in net.encoder.requires_grad_(False).parameters()])
+        sacp(L_a, L_m, list(net.encoder.requires_grad_(False).parameters()))
     with pytest.raises(InputError, match="loss or encoder"):
         sacp(L_a, L_m, params, level="gradient")
 
 
 def test_an_overflow_decides_nothing():
     net = Net(dtype=torch.float32)
+    params = list(net.encoder.parameters())
     L_a, L_m, _ = net(batch(dtype=torch.float32))
-    r = sacp(1e30 * L_a, L_m, net.encoder.parameters())
-    assert not r.conflict and r.coef_a == 0 == r.coef_m
+    for level in "loss", "encoder":
+        r = sacp(float("inf") * L_a, L_m, params, level=level)
+        assert not r.conflict and r.coef_a == 0 == r.coef_m
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_squares_that_leave_the_range_of_the_dtype(dtype):
+    "Opposite gradients cancel, of any size that the dtype can hold; the result has the dtype of the input."
+    v = torch.randn(3000, generator=generator(3), dtype=torch.float64).clamp(-3, 3)
+    largest, smallest = torch.finfo(dtype).max / 4, torch.finfo(dtype).smallest_normal * 100
+    for size_a, size_m in (largest, largest), (smallest, smallest), (smallest, largest), (1.0, 3.0):
+        g_a, g_m = (size_a * v).to(dtype), (-size_m * v).to(dtype)
+        p_a, p_m = project(g_a, g_m, relative=True)
+        assert p_a.dtype == dtype == p_m.dtype
+        assert p_a.double().norm() <= 0.02 * g_a.double().norm(), (size_a, size_m)
+        assert p_m.double().norm() <= 0.02 * g_m.double().norm(), (size_a, size_m)
+        same = project(g_a, -g_m, relative=True)
+        assert same[0] is g_a  # no conflict
+    half, wide = project(torch.ones(4, dtype=torch.float16), -torch.ones(4))
+    assert half.dtype == torch.float16 and wide.dtype == torch.float32
+
+
+def test_huge_gradients_of_parameters_are_decided_too():
+    net = Net(dtype=torch.float32)
+    params = list(net.encoder.parameters())
+    L_a, L_m, _ = net(batch(dtype=torch.float32))
+    plain, huge = (
+        sacp(L_a, L_m, params, eps=0.0),
+        sacp(2.0**90 * L_a, 2.0**90 * L_m, params, eps=0.0),
+    )
+    assert plain.conflict and huge.conflict and huge.coef_a == plain.coef_a  # to the last bit
+    tiny = sacp(2.0**-80 * L_a, 2.0**-80 * L_m, params, relative=True)
+    assert tiny.conflict and torch.allclose(tiny.coef_a, plain.coef_a, rtol=1e-5)
+
+
+def test_a_parameter_listed_twice_counts_once():
+    "Every function that takes parameters: same decision, same gradients, whatever the list repeats."
+    weights = (1.0, 0.5)
+
+    def ways(repeat):
+        net = Net()
+        enc, heads = (
+            list(net.encoder.parameters()),
+            [*net.h_a.parameters(), *net.embed.parameters()],
+        )
+        L_a, L_m, _ = net(batch())
+        enc_listed = enc + enc[1:3] + enc[:1] if repeat else enc
+        for level in "loss", "encoder":
+            r = sacp(L_a, L_m, enc_listed, weights, level=level)
+            yield torch.stack([r.cosine, r.coef_a, r.coef_m])
+            yield flat(grads_of(r.loss_a + r.loss_m, enc))
+        yield SACP()(L_a, L_m, enc_listed, weights).cosine
+        yield flat(grads_of(SoftConflict()(L_a, L_m, enc_listed), enc))
+        gather = GradientSACP(enc_listed, heads + heads[:1] + enc[:2] if repeat else heads)
+        gather.collect(L_a, L_m)
+        yield gather.apply(weights).cosine
+        yield flat([p.grad for p in enc + heads])
+
+    for once, twice in zip(ways(False), ways(True)):
+        assert torch.equal(once, twice)
+
+
+def test_empty_hands_are_refused():
+    net = Net()
+    L_a, L_m, _ = net(batch())
+    with pytest.raises(InputError, match="nothing collected"):
+        GradientSACP(net.encoder.parameters()).apply()
+    frozen = Net().encoder.requires_grad_(False)
+    for refused in (
+        lambda: GradientSACP(frozen.parameters()),
+        lambda: SoftConflict()(L_a, L_m, frozen.parameters()),
+        lambda: SACP()(L_a, L_m, frozen.parameters()),
+    ):
+        with pytest.raises(InputError, match="unfreeze"):
+            refused()
+
+
+def test_soft_conflict_in_float16_needs_the_scale():
+    "Gradients that float16 cannot hold are found by their scale, as in `sacp`."
+    net, x = Net(dtype=torch.float32, depth=1), batch(2, dtype=torch.float32)
+    enc = list(net.encoder.parameters())
+    want = SoftConflict()(*net(x)[:2], enc)
+    with torch.autocast("cpu", torch.float16):
+        L_a, L_m, _ = net(x)
+        got = SoftConflict()(L_a, L_m, enc, loss_scale=2.0**10)
+    assert got.dtype == torch.float32 and torch.allclose(got, want, rtol=0.1) and want > 0
 
 
 # ---- the same under every way of running it
@@ -360,7 +447,10 @@ def test_bf16_autocast():
 @pytest.mark.parametrize("level", ["loss", "encoder"])
 def test_grad_scaler(level):
     "float16 with a scaler: same coefficients as float32, also where unscaled gradients would have vanished in float16."
-    params_of = lambda net: list(net.encoder.parameters())
+
+    def params_of(net):
+        return list(net.encoder.parameters())
+
     for tiny in 1.0, 1e-5:
         net, x = Net(dtype=torch.float32), batch(dtype=torch.float32)
         L_a, L_m, rest = net(x)
@@ -451,7 +541,8 @@ def test_micro_batches_decide_together(level, sizes):
 
 
 def test_micro_batches_that_decide_alone_are_wrong():
-    "What accumulation must not mean: the mean of micro-batches' own projections differs from the projection of the mean."
+    """What accumulation must not mean: the mean of micro-batches' own projections differs from the
+    projection of the mean."""
     net, x, w = Net(), batch(), (1.0, 0.5)
     enc = list(net.encoder.parameters())
     L_a, L_m, _ = net(x)
@@ -539,7 +630,10 @@ def test_statistics_are_those_of_the_gradients():
         L_a, L_m, _ = net(batch(), sign)
         surgery(L_a, L_m, enc)
     s, g_a, g_m = surgery.statistics(names), grads_of(L_a, enc), grads_of(L_m, enc)
-    cosine = lambda a, b: (a @ b / a.norm() / b.norm()).item()
+
+    def cosine(a, b):
+        return (a @ b / a.norm() / b.norm()).item()
+
     assert (
         s["conflict"] == pytest.approx(0.6)
         and s["norm_a"] == pytest.approx(flat(g_a).norm().item())
@@ -568,7 +662,8 @@ class Live:
 
 @pytest.mark.parametrize("way", ["loss", "encoder", "every", "gradient", "soft"])
 def test_memory_is_constant_over_200_steps(way):
-    "Two gradients with retain_graph each step: after the step nothing that autograd saved is alive, and no tensor more than before."
+    """Two gradients with retain_graph each step: after the step nothing that autograd saved is alive, and
+    no tensor more than before."""
     net, live = Net(dim=4, depth=1), Live()
     enc = list(net.encoder.parameters())
     others = [p for n, p in net.named_parameters() if not n.startswith("encoder")]
@@ -687,43 +782,82 @@ class Wrap:
 WORKER = """
 import json, sys, torch, torch.distributed as dist, torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
-sys.path.insert(0, sys.argv[1]); torch.set_num_threads(1)
+
+sys.path.insert(0, sys.argv[1])
+torch.set_num_threads(1)
 import test_sacp as t
 from dera.sacp import GradientSACP, SoftConflict, batch_share, sacp
 
-def data(world, equal): # ranks see different clips, and unless `equal` different numbers of them
-    sizes = [3]*world if equal else [1 + (3*r) % 5 for r in range(world)]
-    return (torch.cat([t.batch(n, seed=20 + r) + r for r, n in enumerate(sizes)])/world).split(sizes)
+
+def data(world, equal):  # ranks see different clips, and unless `equal` different numbers of them
+    sizes = [3] * world if equal else [1 + (3 * r) % 5 for r in range(world)]
+    return (torch.cat([t.batch(n, seed=20 + r) + r for r, n in enumerate(sizes)]) / world).split(
+        sizes
+    )
+
 
 def step(net, x, way, share, model=None):
-    enc = list(net.encoder.parameters()); others = [p for n, p in net.named_parameters() if not n.startswith('encoder')]
-    optimizer = torch.optim.SGD(net.parameters(), lr=.1)
-    L_a, L_m, rest = (model or net)(x); L_a, L_m, rest = share*L_a, share*L_m, share*rest
-    if way == 'gradient':
-        gather = GradientSACP(enc, others); gather.collect(L_a, L_m); rest.backward(); r = gather.apply((1., .5))
-    elif way == 'soft': r = None; (L_a + .5*L_m + rest + SoftConflict()(L_a, L_m, enc)).backward()
-    else: r = sacp(L_a, L_m, enc, (1., .5), level=way); (r.loss_a + r.loss_m + rest).backward()
+    enc = list(net.encoder.parameters())
+    others = [p for n, p in net.named_parameters() if not n.startswith("encoder")]
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    L_a, L_m, rest = (model or net)(x)
+    L_a, L_m, rest = share * L_a, share * L_m, share * rest
+    if way == "gradient":
+        gather = GradientSACP(enc, others)
+        gather.collect(L_a, L_m)
+        rest.backward()
+        r = gather.apply((1.0, 0.5))
+    elif way == "soft":
+        r = None
+        (L_a + 0.5 * L_m + rest + SoftConflict()(L_a, L_m, enc)).backward()
+    else:
+        r = sacp(L_a, L_m, enc, (1.0, 0.5), level=way)
+        (r.loss_a + r.loss_m + rest).backward()
     optimizer.step()
     found = [float(v) for v in r[2:]] if r else []
-    return dict(found=found, encoder=t.flat([p.detach() for p in enc]).tolist(), others=t.flat([p.detach() for p in others]).tolist())
+    return dict(
+        found=found,
+        encoder=t.flat([p.detach() for p in enc]).tolist(),
+        others=t.flat([p.detach() for p in others]).tolist(),
+    )
+
 
 def rank(r, world, folder, port):
-    dist.init_process_group('gloo', init_method=f'file://{folder}/meet{world}', rank=r, world_size=world); out = {}
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet{world}", rank=r, world_size=world
+    )
+    out = {}
     for equal in True, False:
-        x = data(world, equal)[r]; share = batch_share(len(x)); assert share == len(x)*world/sum(map(len, data(world, equal)))
-        for way in 'loss', 'encoder', 'soft', 'gradient':
-            net = t.Net(); model = None
-            if way != 'gradient': model = DistributedDataParallel(net, find_unused_parameters=False)
-            else: [p.register_hook(lambda g: (dist.all_reduce(g), g/world)[1]) for p in net.parameters()] # averages what `rest` gives
-            out[f'{way} {equal}'] = step(net, x, way, share, model)
-    json.dump(out, open(f'{folder}/{world}-{r}.json', 'w')); dist.barrier(); dist.destroy_process_group()
+        x = data(world, equal)[r]
+        share = batch_share(len(x))
+        assert share == len(x) * world / sum(map(len, data(world, equal)))
+        for way in "loss", "encoder", "soft", "gradient":
+            net = t.Net()
+            model = None
+            if way != "gradient":
+                model = DistributedDataParallel(net, find_unused_parameters=False)
+            else:
+                [
+                    p.register_hook(lambda g: (dist.all_reduce(g), g / world)[1])
+                    for p in net.parameters()
+                ]  # averages what `rest` gives
+            out[f"{way} {equal}"] = step(net, x, way, share, model)
+    json.dump(out, open(f"{folder}/{world}-{r}.json", "w"))
+    dist.barrier()
+    dist.destroy_process_group()
 
-if __name__ == '__main__':
+
+if __name__ == "__main__":
     folder = sys.argv[2]
-    for world in 2, 4: mp.start_processes(rank, args=(world, folder, 0), nprocs=world, start_method='fork')
-    alone = {f'{world} {way} {equal}': step(t.Net(), torch.cat(data(world, equal)), way, batch_share(1)) for world in (2, 4) for equal in (True, False)
-             for way in ('loss', 'encoder', 'soft', 'gradient')}
-    json.dump(alone, open(f'{folder}/alone.json', 'w'))
+    for world in 2, 4:
+        mp.start_processes(rank, args=(world, folder, 0), nprocs=world, start_method="fork")
+    alone = {
+        f"{world} {way} {equal}": step(t.Net(), torch.cat(data(world, equal)), way, batch_share(1))
+        for world in (2, 4)
+        for equal in (True, False)
+        for way in ("loss", "encoder", "soft", "gradient")
+    }
+    json.dump(alone, open(f"{folder}/alone.json", "w"))
 """
 
 
@@ -758,21 +892,21 @@ def test_processes_are_one_process_on_the_joined_batch(processes, world, way, eq
     assert way == "soft" or want["found"][0] == 1  # there was a conflict to decide
 
 
-# ---- the picture in the notebook
+# ---- the picture that one can drag
+
+
+def test_the_formulas_of_the_picture_are_the_rule():
+    for pair in torch.randn(200, 2, 2, generator=generator(0), dtype=torch.float64):
+        found = project_by_formulas(*pair.tolist())
+        for name, wanted in zip(("new_a", "new_m"), project(*pair, eps=0)):
+            assert torch.allclose(torch.tensor(found[name], dtype=torch.float64), wanted, atol=1e-9)
 
 
 @pytest.mark.skipif(not find_browser(), reason="needs Chromium")
 def test_arrows_can_be_dragged(tmp_path):
-    "Drag a tip in a real browser: the numbers under the picture are those of `project`, and nothing is asked of the network."
-    cells = nbformat.read(Path(__file__).parent.parent / "nbs" / "07_sacp_geometry.ipynb", 4).cells
-    (html,) = (
-        o["data"]["text/html"]
-        for c in cells
-        if c.id == "drag"
-        for o in c.outputs
-        if "text/html" in o.get("data", {})
-    )
-    assert len(html) < 20_000
+    """Drag a tip in a real browser: the numbers under the picture are those of `project`, and nothing is
+    asked of the network."""
+    html = two_arrows()
     (tmp_path / "page.html").write_text(f'<meta charset="utf-8"><body>{html}')
 
     def expected_text(a, m):
@@ -785,7 +919,8 @@ def test_arrows_can_be_dragged(tmp_path):
         browser.open((tmp_path / "page.html").as_uri(), 800, 500)
         browser.listen(0.2)
         left, top, width, height = browser.evaluate(
-            "(() => { const r = document.querySelector('svg').getBoundingClientRect(); return [r.left, r.top, r.width, r.height]; })()"
+            """(() => { const r = document.querySelector('svg').getBoundingClientRect(); return [r.left, r.top,
+            r.width, r.height]; })()"""
         )
         x0, y0, w, h = map(
             float, browser.evaluate("document.querySelector('svg').getAttribute('viewBox')").split()
