@@ -18,21 +18,22 @@ from pathlib import Path
 import pytest
 import torch
 
+import dera.data
+import dera.runtime.checkpoints as checkpoints
+import dera.runtime.run_folder as run_folder
 import dera.train_tokenizer as module
-import dera.utils as utils
 from dera.losses import ReconstructionLoss, total_loss
 from dera.pocket import render, sample_factors, write_dataset
 from dera.query import GridTokenizer, QueryTokenizer
 from dera.runtime.checkpoints import load_checkpoint, load_model
 from dera.runtime.errors import InputError
+from dera.runtime.feed import BatchRows
 from dera.runtime.run_folder import RunFolder
 from dera.streams import DeRATokenizer, TokenizerConfig
 from dera.train_tokenizer import (
     TIMES,
     TokenizerTraining,
-    _Rows,
     learning_rate,
-    reconstruct_set,
     train_tokenizer,
 )
 
@@ -115,10 +116,8 @@ EVERYTHING = dict(
         EVERYTHING,
         dict(accumulate=2),
         dict(precision="fp16", clip_norm=1.0),
-        dict(precision="bf16"),
-        dict(surgery="soft"),
-        dict(surgery_level="encoder"),
-        dict(muon_lr=0.0, betas=(0.5, 0.9)),
+        dict(surgery="soft", precision="bf16"),
+        dict(surgery_level="encoder", muon_lr=0.0, betas=(0.5, 0.9)),
     ],
     ids=str,
 )
@@ -135,7 +134,7 @@ def test_a_run_that_stops_anywhere_is_the_run_that_never_stopped(data, tmp_path,
     a, b = (load_checkpoint(tmp_path / p / "checkpoint.safetensors") for p in ("whole", "parts"))
     flat = [], []
     for tree, tensors in zip((a, b), flat):
-        utils._flatten(tree, store := {})
+        checkpoints._flatten(tree, store := {})
         tensors += store.values()
     assert len(flat[0]) == len(flat[1]) > 50 and all(torch.equal(x, y) for x, y in zip(*flat))
 
@@ -149,13 +148,13 @@ def test_workers_and_epochs_change_nothing(data, tmp_path):
 
 
 def test_every_epoch_is_another_order_of_all_clips():
-    rows = _Rows(13, 4, 5, 0, 1)
+    rows = BatchRows(13, 4, 5, 0, 1)
     epochs = []
     for rows.epoch in range(3):
         epochs.append([i for batch in rows for i in batch])
     assert all(len(set(e)) == len(e) == 12 for e in epochs) and epochs[0] != epochs[1] != epochs[2]
     for rows.epoch in range(3):
-        shares = [_Rows(13, 4, 5, r, 4) for r in range(4)]
+        shares = [BatchRows(13, 4, 5, r, 4) for r in range(4)]
         for s in shares:
             s.epoch = rows.epoch
         assert [sum(parts, []) for parts in zip(*shares)] == list(rows)
@@ -164,8 +163,8 @@ def test_every_epoch_is_another_order_of_all_clips():
 # faults ---------------------------------------------------------------------------------------------------------------
 
 
-def test_kill_at_twenty_random_moments(data, tmp_path):
-    c, out = config(data, steps=60, save_every=2, log_every=1), tmp_path / "run"
+def test_kill_at_random_moments(data, tmp_path):
+    c, out = config(data, steps=30, save_every=2, log_every=1), tmp_path / "run"
     train_tokenizer(c, tmp_path / "whole", small())
 
     def work():
@@ -174,7 +173,7 @@ def test_kill_at_twenty_random_moments(data, tmp_path):
 
     random.seed(0)
     before, in_save, moments = 0, 0, 0
-    while moments < 20:
+    while moments < 6:
         child = multiprocessing.get_context("fork").Process(target=work)
         child.start()
         moments += 1
@@ -198,14 +197,17 @@ def test_kill_at_twenty_random_moments(data, tmp_path):
         real(*args, **kwargs)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    real, utils.save_file = utils.save_file, save_and_die  # killed inside a save, for certain
+    real, checkpoints.save_file = (
+        checkpoints.save_file,
+        save_and_die,
+    )  # killed inside a save, for certain
     try:
         child = multiprocessing.get_context("fork").Process(target=work)
         child.start()
         child.join()
     finally:
-        utils.save_file = real
-    assert child.exitcode == -signal.SIGKILL or before == 60
+        checkpoints.save_file = real
+    assert child.exitcode == -signal.SIGKILL or before == 30
     assert step_of(out) == before
     train_tokenizer(c, out, small())
     assert log(out) == log(tmp_path / "whole") and not list(out.glob("*.tmp"))
@@ -249,8 +251,8 @@ def test_a_full_disk(data, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return real(tensors, path, **kwargs)
 
-    real = utils.save_file
-    monkeypatch.setattr(utils, "save_file", full)
+    real = checkpoints.save_file
+    monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(
         InputError, match=r"cannot write the checkpoint .*No space left.*the one before it is whole"
     ) as e:
@@ -265,8 +267,8 @@ def test_a_full_disk(data, tmp_path, monkeypatch):
 
 
 def test_a_disk_without_room_is_found_before_the_first_step(data, tmp_path, monkeypatch):
-    usage = module.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda p: usage._replace(free=1000))
+    usage = run_folder.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda p: usage._replace(free=1000))
     with pytest.raises(InputError, match="has room for 0 MB; two checkpoints need"):
         train_tokenizer(config(data), tmp_path / "run", small())
     assert not (tmp_path / "run" / "log.jsonl").exists() or not log(tmp_path / "run")
@@ -304,7 +306,7 @@ def poisoned(monkeypatch, steps):
 def test_steps_that_are_not_finite_are_skipped_and_counted(data, tmp_path, monkeypatch, precision):
     poisoned(monkeypatch, {4, 5})
     kept = []
-    real = module._step
+    real = module.train_step
 
     def watch(c, t, *args):
         before = [p.clone() for p in t.tokenizer.parameters()]
@@ -342,7 +344,7 @@ def test_ten_in_a_row_stop_the_run(data, tmp_path, monkeypatch):
 def test_a_killed_worker(data, tmp_path, monkeypatch):
     c = config(data, workers=1, save_every=100)
     train_tokenizer(replace(c, workers=0), tmp_path / "whole", small())
-    get, taken = module.VideoClips.__getitem__, torch.zeros(1, dtype=torch.int64).share_memory_()
+    get, taken = dera.data.VideoClips.__getitem__, torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def item(self, i):
         taken.add_(1)
@@ -351,7 +353,7 @@ def test_a_killed_worker(data, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGKILL)
         return get(self, i)
 
-    monkeypatch.setattr(module.VideoClips, "__getitem__", item)
+    monkeypatch.setattr(dera.data.VideoClips, "__getitem__", item)
     with pytest.raises(InputError, match="a process that decodes was killed"):
         train_tokenizer(c, tmp_path / "run", small())
     assert 0 < step_of(tmp_path / "run") <= 4
@@ -364,19 +366,19 @@ def test_a_killed_worker(data, tmp_path, monkeypatch):
 def test_videos_that_vanish_during_a_run(tmp_path):
     root = tmp_path / "data"
     write_dataset(root, 40, seed=1, num_frames=8, size=32)
-    real, out = module._step, tmp_path / "run"
+    real, out = module.train_step, tmp_path / "run"
 
     def step(c, t, x, n, steps):
         if n == 2:
             [p.unlink() for p in sorted(root.rglob("*.mp4"))[::2]]
         return real(c, t, x, n, steps)
 
-    module._step = step
+    module.train_step = step
     try:
         with pytest.raises(InputError, match=r"videos cannot be read .*run dera audit"):
             train_tokenizer(config(str(root), steps=40, save_every=100), out, small())
     finally:
-        module._step = real
+        module.train_step = real
     assert (
         step_of(out) % 8 == 0 and step_of(out) == len(log(out)) > 0
     )  # at the start of an epoch, nothing lost
@@ -430,6 +432,9 @@ def test_processes_together_are_one(data, tmp_path, processes):
         ema=0.9,
         save_every=20,
         validation_clips=4,
+        num_appearance=4,
+        num_motion=12,
+        prior_weight=0.0,
     )
     if processes == 2:
         test_processes_together_are_one.alone = tmp_path
@@ -552,7 +557,7 @@ def test_a_checkpoint_of_something_else(data, tmp_path, change):
     if "format" in change:
         state = load_checkpoint(file)
         del state["format"]
-        utils.save_checkpoint(file, state)
+        checkpoints.save_checkpoint(file, state)
     if "broken" in change:
         file.write_bytes(file.read_bytes()[:5000])
     if "pickle" in change:
@@ -584,7 +589,7 @@ def test_files_of_another_name_are_refused_and_old_checkpoints_are_not(data, tmp
     digest = state["identity"].pop("files")
     assert len(digest) == 16
     shutil.copytree(out, tmp_path / "old")
-    utils.save_checkpoint(
+    checkpoints.save_checkpoint(
         tmp_path / "old" / "checkpoint.safetensors", state
     )  # as it was written before
     train_tokenizer(c, tmp_path / "old", small(), stop_after=4)
@@ -593,7 +598,7 @@ def test_files_of_another_name_are_refused_and_old_checkpoints_are_not(data, tmp
     assert (
         load_checkpoint(tmp_path / "old" / "checkpoint.safetensors")["identity"]["files"] == digest
     )
-    video = Path(module.VideoClips(str(root), 8, 32, split="train").paths[0])
+    video = Path(dera.data.VideoClips(str(root), 8, 32, split="train").paths[0])
     rename = video.with_name(video.name.replace("_c0", "_c9"))
     video.rename(rename)
     for f in (root / "ucfTrainTestlist").iterdir():
@@ -675,7 +680,7 @@ def test_norms_know_the_scale_of_half_precision(data, tmp_path, monkeypatch):
         torch.nn.Linear(64, 64),
         torch.randn(8, 64, generator=torch.Generator().manual_seed(0)),
     )
-    norm = module._norms
+    norm = module.term_norms
     with torch.autocast("cpu", torch.float16):
         terms = dict(tiny=layer(x).float().mean() * 1e-6, none=torch.zeros(()))
     want = norm(dict(tiny=layer(x).mean() * 1e-6), list(layer.parameters()))["gradient_tiny"]
@@ -685,7 +690,7 @@ def test_norms_know_the_scale_of_half_precision(data, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
         module,
-        "_norms",
+        "term_norms",
         lambda terms, params, scale=1.0: seen.append(scale) or norm(terms, params, scale),
     )
     for precision in "fp16", "no":
@@ -723,10 +728,10 @@ def test_terms_sum_to_total_loss(changes):
         perceptual_weight=0.7,
         **changes,
     )
-    t = module._parts(c, small(), torch.device("cpu"))
+    t = module.build_state(c, small(), torch.device("cpu"))
     x = render(sample_factors(2, seed=0), 8, 32)
     torch.manual_seed(0)
-    terms, found, video = module._losses(c, t, x, 5, 10)
+    terms, found, video = module.losses(c, t, x, 5, 10)
     total = total_loss(
         t.reconstruction(video, x)[0],
         found["quantizer"],
@@ -744,18 +749,18 @@ def test_terms_sum_to_total_loss(changes):
 
 def test_two_stages_and_averaged_weights(data, tmp_path):
     seen = []
-    real = module._step
+    real = module.train_step
 
     def watch(c, t, *args):
         out = real(c, t, *args)
         seen.append([p.detach().clone() for p in t.tokenizer.parameters()])
         return out
 
-    module._step = watch
+    module.train_step = watch
     try:
         net = train_tokenizer(config(data, ema=0.5, align_share=0.5), tmp_path, small())
     finally:
-        module._step = real
+        module.train_step = real
     mean = seen[0]
     for weights in seen[1:]:
         mean = [0.5 * m + 0.5 * w for m, w in zip(mean, weights)]
@@ -775,7 +780,7 @@ def test_several_data_sets(data, tmp_path):
     )
     assert "val_psnr" in log(tmp_path / "mixed")[-1]
     shape = TokenizerConfig.preset("tiny")
-    held = lambda n: module._validation(
+    held = lambda n: module.validation_clips(
         config((f"ucf101={data}:3", f"ucf101={data}:1"), validation_clips=n), shape
     )
     assert (
@@ -813,3 +818,66 @@ def test_the_paper_preset():
         and max(map(rate, range(7500))) == pytest.approx(rate(799), abs=0.01)
         and rate(7499) == pytest.approx(0.01, abs=1e-3)
     )
+
+
+# what the user says, and what a run says ------------------------------------------------------------------------------
+
+
+def test_steps_that_are_named_win_over_epochs():
+    assert TokenizerTraining.preset("paper", steps=2).epochs == 0
+    assert TokenizerTraining.preset("paper", steps=2, epochs=3).epochs == 3
+    assert TokenizerTraining.preset("paper").epochs == 75
+
+
+def test_a_run_that_never_quantises_says_so(data, tmp_path, capsys):
+    c = config(data, steps=3, quantizer_start=5, validation_clips=2, validate_every=2)
+    train_tokenizer(c, tmp_path / "run", small())
+    assert "ends before it quantises" in capsys.readouterr().err
+    lines = log(tmp_path / "run")
+    assert all(line["codes_in_use"] is None for line in lines)
+    assert lines[-1]["val_quantized"] is False and lines[-1]["val_usage"] is None
+    train_tokenizer(replace(c, quantizer_start=1), tmp_path / "other", small())
+    last = log(tmp_path / "other")[-1]
+    assert last["val_quantized"] is True and last["codes_in_use"] is not None
+    assert "ends before" not in capsys.readouterr().err
+
+
+def test_a_folder_without_splits_gives_a_share_away(data, tmp_path):
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for i, video in enumerate(sorted(Path(data).rglob("*.mp4"))[:12]):
+        (plain / f"{i}.mp4").write_bytes(video.read_bytes())
+    c = config(str(plain), steps=2, validate_every=1, validation_clips=3)
+    shape = TokenizerConfig.preset("tiny")
+    learn, held = module.training_clips(c, shape)
+    assert len(held) == 1 and len(learn) == 11
+    assert not {path for path, _ in held} & set(learn.paths)
+    assert len(module.validation_clips(c, shape, held)) == 3
+    train_tokenizer(c, tmp_path / "run", small())
+    assert all(line["val_psnr"] for line in log(tmp_path / "run"))
+
+
+def test_a_longer_run_names_the_ways_on(data, tmp_path):
+    train_tokenizer(config(data, steps=2), tmp_path, small())
+    with pytest.raises(InputError, match="steps 2 then, 5 now; .*--fresh.*--init") as error:
+        train_tokenizer(config(data, steps=5), tmp_path, small())
+    assert "\n" not in str(error.value)
+
+
+def test_missing_weights_are_named_together(data, tmp_path):
+    c = config(data, image_teacher="nobody", video_teacher="nowhere", perceptual="nothing")
+    with pytest.raises(InputError) as error:
+        train_tokenizer(c, tmp_path)
+    assert all(name in str(error.value) for name in ("nobody", "nowhere", "nothing"))
+
+
+def test_the_decoder_alone(data, tmp_path):
+    small().save_pretrained(tmp_path / "start")
+    c = config(data, steps=2, freeze="encoder", init=str(tmp_path / "start"), muon_lr=0.01)
+    net = train_tokenizer(c, tmp_path / "run")
+    start = load_model(DeRATokenizer, tmp_path / "start")
+    for (name, now), then in zip(net.named_parameters(), start.parameters()):
+        learns = name.split(".")[0] in ("decoder", "decoder_queries", "from_latent", "out")
+        assert learns or torch.equal(now, then), name
+    with pytest.raises(InputError, match="--init"):
+        train_tokenizer(replace(c, init=""), tmp_path / "wrong")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dera import utils
+from dera.runtime import run_folder
 from dera.runtime.checkpoints import checkpoint_path, load_model
 from dera.runtime.errors import InputError
 from dera.runtime.run_folder import RunFolder, environment
@@ -21,19 +21,24 @@ def test_a_machine_without_git_can_begin_a_run(tmp_path, monkeypatch):
 
 
 def test_the_commit_is_that_of_the_package_and_of_no_other_repository(tmp_path):
-    git = lambda *words: subprocess.run(
-        ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=b", *words],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
+    def git(*words):
+        return subprocess.run(
+            ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=b", *words],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+
     git("init")
     git("commit", "--allow-empty", "-m", "theirs")
     theirs = git("rev-parse", "--short", "HEAD")
     installed = tmp_path / "venv" / "dera"
     installed.mkdir(parents=True)
     (tmp_path / "dera").mkdir()
-    assert utils._commit(installed) == "unknown" and utils._commit(tmp_path / "dera") == theirs
+    assert (
+        run_folder._commit(installed) == "unknown"
+        and run_folder._commit(tmp_path / "dera") == theirs
+    )
     said = subprocess.run(
         [
             sys.executable,
