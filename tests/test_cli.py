@@ -177,13 +177,13 @@ def test_tokens_there_and_back_of_a_video_longer_than_a_clip(tmp_path):
         done = dera("tokenize", long, "--kind", kind, "--out", tmp_path)
         assert done.returncode == 0, done.stderr
         assert f"2 clips of {tokenizer.num_codes} codes" in done.stdout
-        (tokens,) = tmp_path.glob(f"*n.{kind}")
+        (tokens,) = tmp_path.glob(f"*nn.{kind}")
         back = dera("reconstruct", "--tokens", tokens, "--out", tmp_path / kind)
         assert back.returncode == 0 and "2 clips" in back.stdout, back.stderr
     videos = [next((tmp_path / kind).glob("*.mp4")) for kind in ("npy", "json")]
     assert torch.equal(*(read_clip(video, 16, 32) for video in videos))
 
-    rows = np.load(next(tmp_path.glob("n*.npy")))
+    rows = np.load(next(tmp_path.glob("*nn.npy")))
     for name, values in dict(
         wide=np.zeros((1, tokenizer.num_codes + 1), int),
         high=np.full((1, tokenizer.num_codes), 10**6),
@@ -198,7 +198,7 @@ def test_tokens_there_and_back_of_a_video_longer_than_a_clip(tmp_path):
     for name in "cut.npy", "junk.json", "absent.npy":
         refused(dera("reconstruct", "--tokens", tmp_path / name), name)
     other = tmp_path / "other.json"
-    content = json.loads(next(tmp_path.glob("*n.json")).read_text())
+    content = json.loads(next(tmp_path.glob("*nn.json")).read_text())
     other.write_text(json.dumps(content | dict(tokenizer="another")))
     refused(dera("reconstruct", "--tokens", other), "another tokenizer")
     refused(dera("reconstruct"), "--tokens")
