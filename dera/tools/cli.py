@@ -199,15 +199,18 @@ def run_prepare(options):
 @dataclass
 class Weights:
     check: bool = False  # exit code 1 if anything is missing
+    paper: bool = False  # only what the paper's run needs
     ucf101: str = ""  # folder of UCF-101
     k600: str = ""  # folder of Kinetics-600
 
 
 def run_weights(options):
-    from dera.runtime.weights import weights_table
+    from dera.runtime.weights import PAPER_RUN, weights_table
 
     folders = dict(ucf101=options.ucf101, k600=options.k600)
     rows = weights_table({name: path for name, path in folders.items() if path})
+    if options.paper:
+        rows = [row for row in rows if row.name in PAPER_RUN]
     for row in rows:
         state = "there" if row.there else "missing"
         print(f"{state:8} {row.name:36} {row.purpose}")
