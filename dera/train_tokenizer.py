@@ -324,7 +324,8 @@ class TrainingState:
 
     def saved(self) -> dict:
         "The parts with a state."
-        names = "tokenizer alignment discriminator prior lecam ema surgery scaler".split()
+        names = ("tokenizer", "alignment", "discriminator", "prior")
+        names += ("lecam", "ema", "surgery", "scaler")
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
     @property
@@ -805,9 +806,19 @@ def validation_clips(
 FORMAT = 2
 # may change within a run
 FREE = (
-    "log_every norms_every save_every validate_every validation_clips tracker timeout workers "
-    "cache compile accumulate checkpoint"
-).split()
+    "log_every",
+    "norms_every",
+    "save_every",
+    "validate_every",
+    "validation_clips",
+    "tracker",
+    "timeout",
+    "workers",
+    "cache",
+    "compile",
+    "accumulate",
+    "checkpoint",
+)
 
 
 def identity(

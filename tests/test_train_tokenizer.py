@@ -178,7 +178,6 @@ def test_kill_at_random_moments(data, tmp_path):
         child.start()
         moments += 1
         deadline = time.time() + 60
-        start = len(log(out)) if (out / "log.jsonl").exists() else 0
         while not (out / "checkpoint.safetensors").exists() and child.is_alive():
             time.sleep(0.01)
             assert time.time() < deadline
@@ -310,19 +309,17 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(data, tmp_path, monke
 
     def watch(c, t, *args):
         before = [p.clone() for p in t.tokenizer.parameters()]
-        found, sound = real(c, t, *args)
-        kept.append(
-            (sound, all(torch.equal(a, b) for a, b in zip(before, t.tokenizer.parameters())))
-        )
-        return found, sound
+        found, finite = real(c, t, *args)
+        same = all(torch.equal(a, b) for a, b in zip(before, t.tokenizer.parameters()))
+        kept.append((finite, same))
+        return found, finite
 
-    monkeypatch.setattr(module, "_step", watch)
+    monkeypatch.setattr(module, "train_step", watch)
     net = train_tokenizer(
         config(data, precision=precision, ema=0.5, quantizer_start=0), tmp_path, small()
     )
-    assert [s for s, _ in kept] == [True] * 3 + [False] * 2 + [True] * 3 and all(
-        same != sound for sound, same in kept
-    )
+    assert [finite for finite, _ in kept] == [True] * 3 + [False] * 2 + [True] * 3
+    assert all(same != finite for finite, same in kept)
     assert (
         log(tmp_path)[-1]["skipped"] == 2
         and log(tmp_path)[3]["l1"] is None
@@ -475,7 +472,6 @@ def test_a_killed_rank(data, tmp_path):
         time.sleep(0.1)
         assert time.time() < deadline and jobs[0].poll() is None, jobs[0].communicate()
     jobs[1].kill()
-    clock = time.time()
     said = jobs[0].communicate(timeout=60)[0]
     assert (
         jobs[0].returncode == 3
@@ -780,9 +776,11 @@ def test_several_data_sets(data, tmp_path):
     )
     assert "val_psnr" in log(tmp_path / "mixed")[-1]
     shape = TokenizerConfig.preset("tiny")
-    held = lambda n: module.validation_clips(
-        config((f"ucf101={data}:3", f"ucf101={data}:1"), validation_clips=n), shape
-    )
+
+    def held(count):
+        sources = (f"ucf101={data}:3", f"ucf101={data}:1")
+        return module.validation_clips(config(sources, validation_clips=count), shape)
+
     assert (
         held(1).shape == held(2).shape == (2, 3, 8, 32, 32)
         and len(held(4)) == 4
@@ -812,7 +810,10 @@ def test_the_paper_preset():
         and (c.reconstruction_weight, c.l2_weight, c.perceptual_weight, c.discriminator_lr)
         == (1.0, 0.0, 1.0, 3e-5)
     )
-    rate = lambda s: learning_rate(s, 7500, c.warmup)
+
+    def rate(step):
+        return learning_rate(step, 7500, c.warmup)
+
     assert (
         rate(0) < 0.01
         and max(map(rate, range(7500))) == pytest.approx(rate(799), abs=0.01)

@@ -49,7 +49,8 @@ def save_checkpoint(
     tree,  # dicts, lists, numbers, strings and tensors
 ):
     "Save a training state atomically as safetensors with its structure in the header."
-    path, tensors = Path(path), {}
+    path = Path(path)
+    tensors = {}
     header = json.dumps(_flatten(tree, tensors))
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -61,7 +62,8 @@ def save_checkpoint(
         size = sum(t.nbytes for t in tensors.values()) / 1e6
         kept = "the one before it is whole" if path.exists() else "there is none yet"
         raise InputError(
-            f"cannot write the checkpoint {path} of {size:.0f} MB ({e}); {kept}; make room and run the same command again"
+            f"cannot write the checkpoint {path} of {size:.0f} MB ({e}); {kept}; "
+            "make room and run the same command again"
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -73,9 +75,9 @@ def load_checkpoint(
     "Load a training state; nothing is unpickled."
     try:
         with safe_open(path, "pt") as f:
-            return _unflatten(
-                json.loads(f.metadata()["tree"]), {k: f.get_tensor(k) for k in f.keys()}
-            )
+            names = list(f.keys())
+            tensors = {name: f.get_tensor(name) for name in names}
+            return _unflatten(json.loads(f.metadata()["tree"]), tensors)
     except Exception as e:
         raise InputError(
             f"{path} is not a checkpoint of dera ({e}); delete it or name another"
@@ -151,14 +153,13 @@ def checkpoint_path(
     import dera
 
     here = Path(dera.__file__).resolve().parent
-    for folder in (
-        here.parent / "data" / "checkpoints",
-        here / "checkpoints",
-    ):  # a clone, an installed wheel
+    # a clone, an installed wheel
+    for folder in (here.parent / "data" / "checkpoints", here / "checkpoints"):
         if (folder / name).is_dir():
             return folder / name
     raise InputError(
-        f"the shipped checkpoint {name} is missing (looked in data/checkpoints); work from a fresh clone of the repository"
+        f"the shipped checkpoint {name} is missing (looked in data/checkpoints); "
+        "work from a fresh clone of the repository"
     )
 
 

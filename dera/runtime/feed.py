@@ -6,6 +6,7 @@
 __all__ = ['BatchRows', 'worker_died', 'settle', 'feed']
 
 # %% ../../nbs/runtime/feed.ipynb #imports
+import contextlib
 import sys
 import time
 import traceback
@@ -56,10 +57,8 @@ def worker_died(error: Exception) -> bool:
 
 def settle(error: Exception):
     "Let DataLoader's signal come and its iterator go, so that neither breaks into what follows."
-    try:
+    with contextlib.suppress(RuntimeError):
         time.sleep(0.3)
-    except RuntimeError:
-        pass
     while error:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
