@@ -186,7 +186,10 @@ class SwiGLU(nn.Module):
         self.w13 = nn.Linear(config.dim, 2 * hidden, bias=False)
         self.w2 = nn.Linear(hidden, config.dim, bias=False)
 
-    def forward(self, x):
+    def forward(
+        self,
+        x,  # (..., dim)
+    ):
         gate, value = self.w13(x).chunk(2, -1)
         return self.w2(F.silu(gate) * value)
 
@@ -334,8 +337,8 @@ def choose_tokens(
 
 def check_sampling(
     temperature: float,  # of `choose_tokens`, like the next two
-    top_k: int,
-    top_p: float,
+    top_k: int,  # draw among the k likeliest codes; 0: all
+    top_p: float,  # draw among the likeliest codes of this joint probability, in (0, 1]
 ):
     "Refuse options from which no token can be drawn."
     if not 0 <= temperature < math.inf or not top_k >= 0 or not 0 < top_p <= 1:
@@ -382,7 +385,7 @@ def uniform_rows(
 
 # %% ../nbs/11_ar_generation.ipynb #decoder-for
 def fast_decoder(
-    model: NextTokenModel,
+    model: NextTokenModel,  # a generator, in evaluation mode
     rows: int,  # clips at once, twice as many with guidance
     compile: bool = False,  # torch.compile the step
 ) -> FastDecoder:
@@ -412,7 +415,7 @@ class Guidance(NamedTuple):
 
 
 def check_request(
-    config: GeneratorConfig,
+    config: GeneratorConfig,  # the generator's
     labels: torch.Tensor | None,  # (N,)
     prefix: torch.Tensor | None,  # (N, prefix_tokens)
     scale: float,  # of guidance
@@ -439,7 +442,7 @@ def check_request(
 
 
 def guided_tokens(
-    scale: float,
+    scale: float,  # of guidance, s; 1 is none
     interval: tuple | None,  # None: all
     length: int,  # tokens of a clip
 ) -> Guidance:
@@ -455,12 +458,12 @@ def guided_tokens(
 # %% ../nbs/11_ar_generation.ipynb #write
 @torch.inference_mode()
 def write_tokens(
-    model: NextTokenModel,
-    decoder: FastDecoder,
+    model: NextTokenModel,  # a generator, in evaluation mode
+    decoder: FastDecoder,  # of `fast_decoder`, for at least B rows
     labels: torch.Tensor | None,  # (B,)
     prefix: torch.Tensor | None,  # (B, prefix_tokens)
     uniform: torch.Tensor,  # (B, L) random numbers
-    guidance: Guidance,
+    guidance: Guidance,  # which tokens are guided, and how much
     sampling: dict,  # temperature, top_k and top_p of `choose_tokens`
     tick: Callable,  # called after each token
 ) -> torch.Tensor:  # (B, L)
@@ -499,26 +502,32 @@ def write_tokens(
     return torch.stack(tokens, 1)
 
 # %% ../nbs/11_ar_generation.ipynb #generate
-def no_progress(items, **_):
+def no_progress(
+    items,  # what the bar would count
+    **_,
+):
     "A progress bar that shows nothing."
     return items
 
 
-def advance(ticks: Iterator, count: int):
+def advance(
+    ticks: Iterator,  # of a progress bar, one for each token
+    count: int,  # how many steps on
+):
     "Move a progress bar on."
     for _ in range(count):
         next(ticks, None)
 
 
 def generate_batches(
-    model: "Generator",
+    model: "Generator",  # a generator, in evaluation mode
     labels=None,  # (N,) class ids: a list, a tensor or one number
     prefix=None,  # (N, prefix_tokens) tokens of the frames to continue
     batch_size: int = 0,  # clips drawn at once; 0: all
     guidance: float = 1.0,  # classifier-free guidance scale s; 1 is none
     temperature: float = 1.0,  # of `choose_tokens`, like the next two
-    top_k: int = 0,
-    top_p: float = 1.0,
+    top_k: int = 0,  # draw among the k likeliest codes; 0: all
+    top_p: float = 1.0,  # draw among the likeliest codes of this joint probability, in (0, 1]
     seed: int | list = 0,  # sample i uses seed + i; or one seed per sample
     guidance_interval: tuple | None = None,  # guide tokens from the first number to the second
     compile: bool = False,  # torch.compile the step; worth its minute for many clips
@@ -574,7 +583,7 @@ def generate_batches(
 
 # %% ../nbs/11_ar_generation.ipynb #generate-all
 def generate_tokens(
-    model: "Generator",
+    model: "Generator",  # a generator, in evaluation mode
     labels=None,  # (N,) class ids
     prefix=None,  # (N, prefix_tokens) tokens of the frames to continue
     **options,  # of `generate_batches`
@@ -606,7 +615,7 @@ class Generator(HubModel, NextTokenModel):
 
     def new_cache(
         self,
-        batch: int,
+        batch: int,  # B, clips at once
         dtype: torch.dtype | None = None,  # default: the model's
     ) -> torch.Tensor:  # (depth, 2, batch, heads, S, dim/heads)
         "Empty memory for every key and value of a batch of clips."

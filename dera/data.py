@@ -178,7 +178,10 @@ class VideoClips(Dataset):
     def epoch(self) -> int:
         return int(self._epoch)
 
-    def set_epoch(self, epoch: int):
+    def set_epoch(
+        self,
+        epoch: int,  # from 0; draws other windows and flips
+    ):
         "Draw starts, mirroring and mixing anew."
         if self.replace_bad:
             _refuse_many(self)
@@ -193,13 +196,20 @@ class VideoClips(Dataset):
     def bad_marks(self) -> torch.Tensor:  # (files,) bool, in shared memory
         return self._bad
 
-    def mark_bad(self, f: int, message: str):
+    def mark_bad(
+        self,
+        f: int,  # number of the file
+        message: str,  # why it cannot be read
+    ):
         "Mark file f as bad, and log it the first time."
         if not self._bad[self._first[f]]:
             self._bad[self._first[f]] = True
             _LOG.warning(message)
 
-    def file_of(self, i: int) -> int:
+    def file_of(
+        self,
+        i: int,  # number of the clip
+    ) -> int:
         "The file of entry i, where entries are not a mixture."
         return i if self._entries is None else int(self._entries[i][0])
 

@@ -144,7 +144,7 @@ def encode_all(
 
 
 def decode_all(
-    tokenizer,
+    tokenizer,  # with an appearance and a motion stream
     indices: torch.Tensor,  # (N, num_codes)
 ) -> torch.Tensor:  # (N, 3, T, H, W) in [0, 1]
     "The clips of many codes, 50 at a time."
@@ -156,21 +156,21 @@ def decode_all(
 
 
 def first_group(
-    tokenizer,
+    tokenizer,  # with an appearance and a motion stream
 ) -> int:  # tokens
     "How many tokens are studied as the appearance group; where there is one stream only, a quarter."
     return tokenizer.config.num_appearance or tokenizer.num_tokens // 4
 
 
 def first_codes(
-    tokenizer,
+    tokenizer,  # with an appearance and a motion stream
 ) -> int:  # codes
     "How many codes, from the first one on, belong to the appearance group."
     return first_group(tokenizer) * getattr(tokenizer.config, "codes_per_token", 1)
 
 
 def render_for(
-    tokenizer,
+    tokenizer,  # with an appearance and a motion stream
     factors: Factors,  # N clips
 ) -> torch.Tensor:  # (N, 3, T, H, W)
     "Clips at the size that a tokenizer takes."
@@ -184,7 +184,7 @@ def swap_study(
     tokenizer,  # of pocket clips
     a: Factors,  # n clips that give the appearance
     b: Factors,  # n clips that give the motion
-    reader: FactorReader,
+    reader: FactorReader,  # classifier that reads factors off clips
     seed: int = 0,  # of the random codes
     few: int = 200,  # clips for the rows that need no more
 ) -> dict:  # candidate -> psnr against the truth, and factor -> Agreement
@@ -217,9 +217,9 @@ def swap_study(
 # %% ../nbs/14_decoupling.ipynb #shares
 @torch.no_grad()
 def share_study(
-    tokenizer,
+    tokenizer,  # with an appearance and a motion stream
     factors: Factors,  # n clips
-    reader: FactorReader,
+    reader: FactorReader,  # classifier that reads factors off clips
     shares: tuple = (0, 0.25, 0.5, 0.75, 1.0),  # of a group's codes
     seed: int = 0,  # which codes go
 ) -> dict:  # group -> list of dict(share, psnr, shape, motion)
@@ -253,7 +253,7 @@ def share_study(
 # %% ../nbs/14_decoupling.ipynb #token-groups
 @torch.no_grad()
 def token_groups(
-    tokenizer,
+    tokenizer,  # with an appearance and a motion stream
     video: torch.Tensor,  # (N, 3, T, H, W)
 ) -> tuple[
     dict, torch.Tensor
@@ -276,7 +276,7 @@ def probe_study(
     groups: dict,  # name -> (N, D) features
     factors: Factors,  # of the N clips; the last quarter tests
     hidden: int = 48,  # units of the small network
-    seed: int = 0,
+    seed: int = 0,  # of the small network
 ) -> dict:  # factors: group -> factor -> dict(linear, network); pairs: group -> dict(seen, held_out); chance
     "Probes from each group of features to each factor, and on pairs of shape and motion that the probes never saw."
     classes = factor_classes(factors)

@@ -24,7 +24,9 @@ from .runtime.processes import average, world_size
 from .teachers import load_teacher
 
 # %% ../nbs/09_reconstruction_losses.ipynb #perceptual
-def wide(x: torch.Tensor) -> torch.Tensor:
+def wide(
+    x: torch.Tensor,  # of any shape and floating dtype
+) -> torch.Tensor:
     "The same numbers in float32 or wider."
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -37,7 +39,10 @@ def load_perceptual(
     return load_lpips(frames_at_once) if name == "lpips-vgg" else load_teacher(name)
 
 
-def unit_features(teacher, video):
+def unit_features(
+    teacher,  # frozen; its modality is `image` or `video`
+    video,  # (B, 3, T, H, W) in [0, 1]
+):
     "Unit vectors of every patch; an image teacher looks at each frame."
     if teacher.modality == "image":
         video = rearrange(video, "b c t h w -> (b t) c 1 h w")
@@ -96,7 +101,10 @@ DISCRIMINATORS = dict(
 )
 
 
-def preset_options(presets: dict, name: str) -> dict:
+def preset_options(
+    presets: dict,  # name -> options
+    name: str,  # of the preset
+) -> dict:
     "The options of a preset, or a refusal that lists them."
     if name not in presets:
         raise InputError(f"unknown preset {name!r}; choose one of {', '.join(presets)}")
@@ -187,7 +195,9 @@ def discriminator_loss(
 
 # %% ../nbs/09_reconstruction_losses.ipynb #terms
 @contextmanager
-def frozen_weights(module: nn.Module):
+def frozen_weights(
+    module: nn.Module,  # any network; training it goes on afterwards
+):
     "Inside, gradients pass through a module but not into its weights."
     needed = [(p, p.requires_grad) for p in module.parameters()]
     module.requires_grad_(False)
@@ -295,10 +305,16 @@ class CausalBlock(Block):
         super().__init__(dim, heads)
         self.dropout = dropout
 
-    def drop(self, x):
+    def drop(
+        self,
+        x,  # (B, L, dim)
+    ):
         return F.dropout(x, self.dropout, self.training)
 
-    def forward(self, x):
+    def forward(
+        self,
+        x,  # (B, L, dim)
+    ):
         q, k, v = rearrange(self.qkv(self.norm1(x)), "b n (k h d) -> k b h n d", k=3, h=self.heads)
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
@@ -307,7 +323,9 @@ class CausalBlock(Block):
 
 
 @contextmanager
-def own_draws(device: torch.device):
+def own_draws(
+    device: torch.device,  # on which numbers are drawn
+):
     "Inside, each process draws numbers of its own; afterwards all go on alike, as if none had."
     seed = int(torch.randint(2**62, ()))  # the same in every process
     rank = dist.get_rank() if world_size() > 1 else 0
@@ -433,9 +451,9 @@ def total_loss(
     quantizer: torch.Tensor,  # codebook + 0.25 commitment
     generator: torch.Tensor | None = None,  # of `adversarial_term`; None before its start
     prior: torch.Tensor | None = None,  # of `ARPrior`; None for DeRA
-    quantizer_weight: float = 0.1,
-    generator_weight: float = 0.3,
-    prior_weight: float = 0.06,
+    quantizer_weight: float = 0.1,  # on the loss of the codebook
+    generator_weight: float = 0.3,  # on the adversarial term
+    prior_weight: float = 0.06,  # on LARP's prior
 ) -> torch.Tensor:  # scalar
     "L_0."
     total = reconstruction + quantizer_weight * quantizer

@@ -121,7 +121,7 @@ def num_appearance_codes(
 
 # %% ../nbs/03_query_tokenization.ipynb #parts
 def start_positions(
-    config: TokenizerConfig,
+    config: TokenizerConfig,  # sizes, quantiser and start values
     generator: torch.Generator,  # for the Gaussian ones
 ) -> torch.Tensor:  # (patches, dim)
     "Positions of the clip's patches."
@@ -133,7 +133,7 @@ def start_positions(
 
 
 def make_quantizer(
-    config: TokenizerConfig,
+    config: TokenizerConfig,  # sizes, quantiser and start values
 ) -> nn.Module:
     "The quantiser that a configuration names."
     codes = config.codes_per_token
@@ -148,9 +148,9 @@ def make_quantizer(
 
 
 def make_transformer(
-    config: TokenizerConfig,
+    config: TokenizerConfig,  # sizes, quantiser and start values
     depth: int,  # blocks
-    final_norm: bool,
+    final_norm: bool,  # LayerNorm after the last block
 ) -> Transformer:
     "Encoder or decoder of a configuration."
     options = dict(checkpoint=config.checkpoint, final_norm=final_norm)
@@ -250,12 +250,19 @@ class BaseTokenizer(nn.Module, HubModel):
             return 1.0
         return (config.latent_dim / config.codes_per_token) ** 0.5
 
-    def linear(self, width_in, width_out):
+    def linear(
+        self,
+        width_in,  # dimension of the input
+        width_out,  # dimension of the output
+    ):
         "A linear layer that starts as the configuration says."
         layer = nn.Linear(width_in, width_out)
         return start_as_larp(layer) if self.config.larp else layer
 
-    def embed_clip(self, video):
+    def embed_clip(
+        self,
+        video,  # (B, 3, T, H, W) in [-1, 1]
+    ):
         "Patches of the whole clip as vectors E_t (B, L_t, dim), with their positions."
         config = self.config
         return (
@@ -292,7 +299,11 @@ class GridTokenizer(BaseTokenizer):
         super().__init__(replace(config, num_appearance=0, num_motion=frames * height * width))
         self.token_positions.data.copy_(self.clip_positions.data)
 
-    def streams(self, video, tap):
+    def streams(
+        self,
+        video,  # (B, 3, T, H, W) in [-1, 1]
+        tap,  # block of the encoder whose output is E_m, from 1
+    ):
         "Z and E_m are the encoder's outputs at the patches; there is no E_a."
         Z, E_m = self.encoder(self.embed_clip(video), tap)
         return Z, None, E_m
@@ -331,7 +342,11 @@ class QueryTokenizer(BaseTokenizer):
             start = 0.02 * torch.randn(config.num_tokens, config.dim, generator=generator)
         self.queries = nn.Parameter(start.clone())
 
-    def streams(self, video, tap):
+    def streams(
+        self,
+        video,  # (B, 3, T, H, W) in [-1, 1]
+        tap,  # block of the encoder whose output is E_m, from 1
+    ):
         "Z at the queries, E_m at the patches; there is no E_a."
         E_t = self.embed_clip(video)
         Q = self.queries.expand(E_t.shape[0], -1, -1)

@@ -115,8 +115,8 @@ CLIPS = dict(tiny="pocket=100000", pocket="pocket=400000")
 
 
 def training_of(
-    arm: Arm,
-    seed: int = 0,
+    arm: Arm,  # a row of one of the tables
+    seed: int = 0,  # of weights and order of clips, >= 0
     preset: str = "tiny",  # `tiny` or `pocket`
 ) -> TokenizerTraining:
     "The configuration of a run: what all arms share, and what is this arm's own."
@@ -132,9 +132,9 @@ def training_of(
 
 
 def command_of(
-    arm: Arm,
-    seed: int = 0,
-    preset: str = "tiny",
+    arm: Arm,  # a row of one of the tables
+    seed: int = 0,  # of weights and order of clips, >= 0
+    preset: str = "tiny",  # `tiny` or `pocket`
 ) -> str:
     "The same run as a command line."
     training = dict(
@@ -155,8 +155,8 @@ PROTOCOL = (
 @torch.no_grad()
 def measure_tokenizer(
     tokenizer: torch.nn.Module,  # of clips of 8 x 32 x 32
-    num_clips: int = 512,
-    seed: int = EVALUATION_SEED,
+    num_clips: int = 512,  # rendered from the seed
+    seed: int = EVALUATION_SEED,  # of the clips
 ) -> dict:  # name -> number
     "Reconstruct clips that no training has seen, and compare."
     config = tokenizer.config
@@ -183,9 +183,9 @@ def measure_tokenizer(
 
 # %% ../nbs/15_reproduction.ipynb #run-arm
 def result_file(
-    arm: Arm,
-    seed: int,
-    preset: str,
+    arm: Arm,  # a row of one of the tables
+    seed: int,  # of weights and order of clips, >= 0
+    preset: str,  # `tiny` or `pocket`
     results: Path,  # folder of result files
 ) -> Path:
     "Where a run's result is kept."
@@ -209,11 +209,11 @@ def training_curve(
 
 
 def run_arm(
-    arm: Arm,
-    seed: int,
-    preset: str = "tiny",
+    arm: Arm,  # a row of one of the tables
+    seed: int,  # of weights and order of clips, >= 0
+    preset: str = "tiny",  # `tiny` or `pocket`
     runs: str | Path = "runs/reproduce",  # folder of run folders
-    results: str | Path = "nbs/results",
+    results: str | Path = "nbs/results",  # folder of result files
 ) -> dict:  # the result
     "Train and measure one run, or go on with it, or return what is there."
     file = result_file(arm, seed, preset, results)
@@ -247,8 +247,8 @@ def run_arm(
 
 @torch.no_grad()
 def first_clips(
-    tokenizer: torch.nn.Module,
-    num_clips: int = 8,
+    tokenizer: torch.nn.Module,  # of pocket clips, in evaluation mode
+    num_clips: int = 8,  # rendered from the seed
 ) -> bytes:  # an animated PNG
     "Reconstructions of the first evaluation clips: the same for every run, and not chosen."
     config = tokenizer.config
@@ -266,10 +266,10 @@ def run_environment(
 
 
 def read_result(
-    file: Path,
-    arm: Arm,
-    seed: int,
-    preset: str,
+    file: Path,  # JSON, as `run_arm` leaves it
+    arm: Arm,  # a row of one of the tables
+    seed: int,  # of weights and order of clips, >= 0
+    preset: str,  # `tiny` or `pocket`
 ) -> dict:
     "A run's result; a torn file and one of another run are refused in one line."
     try:
@@ -340,10 +340,10 @@ LOWER_IS_BETTER = ("teacher_distance", "frechet_pocket")
 
 
 def collect(
-    arm: Arm,
-    preset: str,
-    results: str | Path,
-    seeds: range = range(10),
+    arm: Arm,  # a row of one of the tables
+    preset: str,  # `tiny` or `pocket`
+    results: str | Path,  # folder of result files
+    seeds: range = range(10),  # to look for
 ) -> dict[int, dict]:  # seed -> result
     "Every run of an arm that is there."
     found = {}
@@ -356,7 +356,7 @@ def collect(
 
 def cell(
     values: list[float],  # one for each seed
-    digits: int = 2,
+    digits: int = 2,  # behind the point
 ) -> str:
     "Mean, and lowest to highest."
     if not values:
@@ -369,8 +369,8 @@ def cell(
 
 def same_order(
     ours: dict[int, dict],  # seed -> result
-    reference: dict[int, dict],
-    column: str = "psnr",
+    reference: dict[int, dict],  # the same of the row to compare with
+    column: str = "psnr",  # a number that a result holds
 ) -> str:
     "In how many of the common seeds an arm is better than the reference."
     common = sorted(set(ours) & set(reference))
@@ -385,8 +385,8 @@ def same_order(
 # %% ../nbs/15_reproduction.ipynb #draw-table
 def draw_table(
     name: str,  # of `TABLES`
-    preset: str = "tiny",
-    results: str | Path = "nbs/results",
+    preset: str = "tiny",  # `tiny` or `pocket`
+    results: str | Path = "nbs/results",  # folder of result files
 ) -> str:  # Markdown
     "A table of the paper with our cells; what has no run says so."
     if name not in TABLES:
@@ -437,7 +437,7 @@ def steps_to_reach(
 
 def convergence_ratios(
     slow: dict[int, dict],  # seed -> result
-    fast: dict[int, dict],
+    fast: dict[int, dict],  # seed -> result of the arm that should need fewer steps
     qualities: tuple = (20.0, 21.0, 22.0, 23.0),  # dB, reached before the latents are quantised
 ) -> dict[float, list[float]]:  # quality -> a ratio for each common seed
     "How many times more steps the slow arm needs for the same quality."
@@ -453,9 +453,9 @@ def convergence_ratios(
 
 
 def draw_convergence(
-    preset: str = "tiny",
-    results: str | Path = "nbs/results",
-    arms: tuple = FIGURE_1_ARMS,
+    preset: str = "tiny",  # `tiny` or `pocket`
+    results: str | Path = "nbs/results",  # folder of result files
+    arms: tuple = FIGURE_1_ARMS,  # names of the rows to show
 ) -> plt.Figure:
     "PSNR of every run on clips it sees for the first time, over steps and over seconds."
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
@@ -476,9 +476,9 @@ def draw_convergence(
 
 # %% ../nbs/15_reproduction.ipynb #figure-4
 def reconstruction_pictures(
-    preset: str = "tiny",
-    results: str | Path = "nbs/results",
-    arms: tuple = ("grid", "query", "query-prior", "none", "dera"),
+    preset: str = "tiny",  # `tiny` or `pocket`
+    results: str | Path = "nbs/results",  # folder of result files
+    arms: tuple = ("grid", "query", "query-prior", "none", "dera"),  # names of the rows to show
 ) -> dict[str, Path]:  # title -> animated PNG of the same eight clips
     "The pictures that runs left beside their results; an arm without a run is left out."
     found = {}
@@ -491,8 +491,8 @@ def reconstruction_pictures(
 
 # %% ../nbs/15_reproduction.ipynb #budget
 def draw_budget(
-    preset: str = "tiny",
-    results: str | Path = "nbs/results",
+    preset: str = "tiny",  # `tiny` or `pocket`
+    results: str | Path = "nbs/results",  # folder of result files
 ) -> str:  # Markdown
     "Every arm: which tables want it, how many runs are there, and their minutes."
     lines = ["| arm | wanted by | runs | minutes a run, one core |", "|---|---|---|---|"]

@@ -39,7 +39,7 @@ def power_of_two(
 
 
 def inner_products(
-    a: torch.Tensor,
+    a: torch.Tensor,  # a gradient of one parameter, of any shape
     m: torch.Tensor,  # of the same shape
 ) -> torch.Tensor:  # (3,): <a, m>, |a|^2, |m|^2
     "As sums, not as matrix products: autocast would lower those to half precision."
@@ -48,10 +48,10 @@ def inner_products(
 
 def scaled_coefficients(
     products: torch.Tensor,  # (3,) of two gradients that have been divided by their scales
-    scale_a: torch.Tensor,
-    scale_m: torch.Tensor,
-    eps: float,
-    relative: bool,
+    scale_a: torch.Tensor,  # scalar > 0, by which g_a was divided
+    scale_m: torch.Tensor,  # scalar > 0, by which g_m was divided
+    eps: float,  # added to squared norms
+    relative: bool,  # eps times the squared norm instead
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "s / (|g_m|^2 + eps) and s / (|g_a|^2 + eps) of the divided gradients."
     s, norm_a, norm_m = products
@@ -91,7 +91,9 @@ def decide(
     )
 
 # %% ../nbs/07_sacp_geometry.ipynb #project
-def widen(x: torch.Tensor) -> torch.Tensor:
+def widen(
+    x: torch.Tensor,  # of any shape and floating dtype
+) -> torch.Tensor:
     "The same numbers in float32 or wider."
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -118,12 +120,16 @@ def project(
 functorch_config.donated_buffer = False  # or a compiled encoder refuses a second backward pass
 
 
-def trainable(params) -> list[torch.Tensor]:
+def trainable(
+    params,  # tensors; some may be frozen or listed twice
+) -> list[torch.Tensor]:
     "The parameters that learn, each once however often it is listed."
     return [p for p in dict.fromkeys(params) if p.requires_grad]
 
 
-def shared_parameters(params) -> list[torch.Tensor]:
+def shared_parameters(
+    params,  # of the encoder that both losses reach
+) -> list[torch.Tensor]:
     "Those of the encoder that learn, or a refusal."
     found = trainable(params)
     if not found:
@@ -157,14 +163,25 @@ def loss_gradients(
     return wide if loss_scale == 1 else [gradient / loss_scale for gradient in wide]
 
 # %% ../nbs/07_sacp_geometry.ipynb #projected-losses
-def projected_losses(loss_a, loss_m, coef_a, coef_m, weights):
+def projected_losses(
+    loss_a,  # L_a, a scalar with a graph
+    loss_m,  # L_m, a scalar with a graph
+    coef_a,  # c_a <= 0, a scalar
+    coef_m,  # c_m <= 0, a scalar
+    weights,  # lambda_a, lambda_m; applied after projection
+):
     "lambda_a (L_a - c_a L_m) and lambda_m (L_m - c_m L_a)."
     new_a = loss_a - coef_a.to(loss_a) * loss_m
     new_m = loss_m - coef_m.to(loss_m) * loss_a
     return weights[0] * new_a, weights[1] * new_m
 
 
-def add_gradient(loss, params, gradients, factor):
+def add_gradient(
+    loss,  # a scalar with a graph
+    params,  # parameters of the encoder
+    gradients,  # one for each parameter, of its shape
+    factor,  # scalar; 0 leaves the loss as it is
+):
     "The loss, with factor x gradient added to what its backward pass gives `params`."
     line = 0.0  # linear in the parameters, so its gradient is what stands beside them
     for p, gradient in zip(params, gradients, strict=True):
@@ -184,21 +201,34 @@ class SACPResult(NamedTuple):
     coef_m: torch.Tensor  # c_m <= 0
 
 
-def check_level(level: str) -> str:
+def check_level(
+    level: str,  # `loss` or `encoder`
+) -> str:
     "The level, if there is one of this name."
     if level not in ("loss", "encoder"):
         raise InputError(f"unknown level {level!r}; choose loss or encoder")
     return level
 
 
-def plain_result(loss_a, loss_m, weights) -> SACPResult:
+def plain_result(
+    loss_a,  # L_a, a scalar with a graph
+    loss_m,  # L_m, a scalar with a graph
+    weights,  # lambda_a, lambda_m; applied after projection
+) -> SACPResult:
     "The weighted losses as they are: a loss without weight has no say."
     zero = loss_a.new_zeros(())
     return SACPResult(weights[0] * loss_a, weights[1] * loss_m, zero < 0, zero, zero, zero)
 
 
 def sacp_with_products(
-    loss_a, loss_m, params, weights, eps, relative, level, loss_scale
+    loss_a,  # L_a, a scalar with a graph
+    loss_m,  # L_m, a scalar with a graph
+    params,  # parameters of the encoder that learn
+    weights,  # lambda_a, lambda_m; applied after projection
+    eps,  # added to squared norms
+    relative,  # eps times the squared norm instead
+    level,  # `loss` or `encoder`
+    loss_scale,  # a GradScaler's, for float16; 1: none
 ) -> tuple[SACPResult, torch.Tensor]:
     "`sacp`, and beside its result the inner products of every parameter, (P, 3)."
     g_a = loss_gradients(loss_a, params, loss_scale)

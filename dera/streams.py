@@ -58,7 +58,11 @@ class DeRATokenizer(BaseTokenizer):
         self.appearance_queries = nn.Parameter(Q_a.clone())
         self.motion_queries = nn.Parameter(Q_m.clone())
 
-    def streams(self, video, tap):
+    def streams(
+        self,
+        video,  # (B, 3, T, H, W) in [-1, 1]
+        tap,  # block of the encoder whose output is aligned, from 1
+    ):
         "Both streams of Eq. 1: Z (B, L, dim), E_a (B, L_s, dim), E_m (B, L_t, dim)."
         first_frame = patchify(video[:, :, :1], 1, self.config.patch_p)
         E_s = self.embed_appearance(first_frame) + self.frame_positions
@@ -67,7 +71,12 @@ class DeRATokenizer(BaseTokenizer):
         Z_m, E_m = self.one_stream(self.motion_queries, E_t, tap)  # Eq. 1, right
         return torch.cat([Z_a, Z_m], 1), E_a, E_m
 
-    def one_stream(self, queries, patches, tap):
+    def one_stream(
+        self,
+        queries,  # (B, L_q, dim) learned vectors
+        patches,  # (B, L_p, dim) embedded patches
+        tap,  # block of the encoder whose output is aligned, from 1
+    ):
         "Outputs at the queries, and outputs (of layer `tap`) at the patches."
         Q = queries.expand(patches.shape[0], -1, -1)
         out, tapped = self.encoder(torch.cat([Q, patches], 1), tap)

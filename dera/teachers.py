@@ -171,7 +171,10 @@ class Teacher(nn.Module):
         self.register_buffer("mean", mean.view(-1, 1, 1, 1), persistent=False)
         self.register_buffer("std", std.view(-1, 1, 1, 1), persistent=False)
 
-    def train(self, mode=True):
+    def train(
+        self,
+        mode=True,  # ignored: a teacher stays in evaluation mode
+    ):
         "Stay in evaluation mode, whatever the module that holds this teacher does."
         return super().train(False)
 
@@ -297,7 +300,7 @@ def _pocket_tokens(model, x, layer):
 
 
 def pocket_backbone(
-    model: PocketTeacher,
+    model: PocketTeacher,  # trained, with its head
 ) -> Backbone:
     "A pocket teacher's network with the colours of the pocket world."
     return Backbone(model, _pocket_tokens, _POCKET_MEAN, _POCKET_STD)
@@ -403,7 +406,7 @@ HIDDEN = ["Translate", "SpinLeft", "SpinRight", "Grow", "Shrink", "Pan", "Zoom"]
 
 @torch.no_grad()
 def pooled_tokens(
-    teacher: Teacher,
+    teacher: Teacher,  # frozen
     factors: Factors,  # n clips
     num_frames: int = 16,  # of the clips, for a video teacher
     size: int = 64,  # of the clips in pixels, as the tokenizer would see them
@@ -429,7 +432,7 @@ def _probe_split(x, y):
 
 
 def factor_probes(
-    teacher: Teacher,
+    teacher: Teacher,  # frozen
     level: str = "plain",  # of `sample_factors`
     n: int = 2400,  # clips, three quarters of them for training the probes
     seed: int = 77,  # of the clips

@@ -20,12 +20,17 @@ from .errors import InputError
 from .names import cause_of, printable
 
 # %% ../../nbs/runtime/containers.ipynb #check
-def refuse(path: str | Path, cause: str):
+def refuse(
+    path: str | Path,  # the file, as it was named
+    cause: str,  # why it cannot be read
+):
     "Raise the one line that every unreadable file gets."
     raise InputError(f"cannot read {printable(path)}: {cause}")
 
 
-def check_file(path: Path):
+def check_file(
+    path: Path,  # the file, as it was named
+):
     "Refuse what needs no decoder to be refused."
     try:
         if not path.exists():
@@ -83,14 +88,21 @@ class Display(NamedTuple):
     matrix: tuple  # signs (a, b, c, d) of x' = ax + cy, y' = bx + dy, stored axes to shown ones
     aspect: float  # width of a pixel over its height, as shown
 
-    def upright(self, picture: np.ndarray) -> np.ndarray:
+    def upright(
+        self,
+        picture: np.ndarray,  # (H, W, 3), as stored
+    ) -> np.ndarray:
         "Turn and mirror a picture (H, W, 3)."
         a, b, c, d = self.matrix
         if a == 0:
             picture, a, d = picture.transpose(1, 0, 2), c, b
         return np.ascontiguousarray(picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
-    def shown_size(self, height: int, width: int) -> tuple[int, int]:
+    def shown_size(
+        self,
+        height: int,  # pixels, as stored
+        width: int,  # pixels, as stored
+    ) -> tuple[int, int]:
         "Height and width in square pixels of a picture as stored."
         if self.matrix[0] == 0:
             height, width = width, height
@@ -106,7 +118,10 @@ def _signs(frame):
     return tuple((v > 0) - (v < 0) for v in (a, b, c, d)) if is_straight else (1, 0, 0, 1)
 
 
-def display_of(stream, frame) -> Display:
+def display_of(
+    stream,  # the video stream of an opened file
+    frame,  # the first frame, decoded
+) -> Display:
     "From a stream and its first frame."
     codec = stream.codec_context
     aspect = Fraction(stream.sample_aspect_ratio or codec.sample_aspect_ratio or 1)
@@ -133,7 +148,9 @@ class Entry(NamedTuple):
     is_shown: bool
 
 
-def make_index(entries: list[Entry]) -> Index:
+def make_index(
+    entries: list[Entry],  # one for each packet, in the order of the file
+) -> Index:
     "No times or keys where the entries do not tell which frame is which."
     order = [entry.time for entry in entries]
     if None in order or len(set(order)) < len(order):
@@ -249,7 +266,12 @@ def _changes_decoder(packet):
     return any(getattr(kind, "name", "") in _CHANGES for kind in kinds)
 
 
-def entry_of(packet, codec, rule, extradata) -> Entry:
+def entry_of(
+    packet,  # of the video stream, as PyAV gives it
+    codec,  # name of the codec
+    rule,  # (bytes, extradata) -> whether decoding can start here; None: never
+    extradata,  # the codec's header bytes, or None
+) -> Entry:
     "What the walk writes down about a packet."
     is_hidden = packet.is_discard or (codec == "vp8" and not memoryview(packet)[0] & 16)
     is_key = bool(rule) and packet.is_keyframe and rule(bytes(packet), extradata)
@@ -299,9 +321,9 @@ def _check_whole(path, file, stream, num_packets, num_frames, start, end):
 
 # %% ../../nbs/runtime/containers.ipynb #survey
 def survey(
-    path: str | Path,
+    path: str | Path,  # the file, as it was named
     file,  # both as `opened` gives them
-    stream,
+    stream,  # the video stream of an opened file
     look: bool = False,  # decode the first frame
 ) -> Survey:
     "Walk through the packets of a file; refuse a damaged one."

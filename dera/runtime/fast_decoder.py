@@ -89,7 +89,11 @@ class Place(NamedTuple):
     angles: torch.Tensor | None = None  # (2, 1, d/2): rotary angles of the new position
 
 
-def as_they_are(x, normalise, angles):
+def as_they_are(
+    x,  # (rows, heads, d) queries or keys
+    normalise,  # ignored here; other models scale first
+    angles,  # ignored here; other models rotate by them
+):
     "Queries and keys without norm and rotation."
     return x
 
@@ -167,9 +171,9 @@ class FastDecoder:
 
     def fits(
         self,
-        device: torch.device,
-        dtype: torch.dtype,
-        compile: bool,
+        device: torch.device,  # where the weights are
+        dtype: torch.dtype,  # of the weights
+        compile: bool,  # whether the step is compiled
         rows: int,  # at most as many as the memory has
     ) -> bool:
         "Whether a call can use this decoder."
@@ -222,7 +226,7 @@ class FastDecoder:
     def replay(
         self,
         x: torch.Tensor,  # as in `step`
-        start: int,
+        start: int,  # position of the token, from 0
     ) -> torch.Tensor:
         "The same by a recorded graph."
         rows = len(x)

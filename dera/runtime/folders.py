@@ -54,7 +54,9 @@ def read_text(
     return text
 
 
-def read_lines(file: Path) -> list[str]:
+def read_lines(
+    file: Path,  # of text, in any encoding
+) -> list[str]:
     "The lines of a list that say something; none at all is an error."
     lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     if not lines:
@@ -62,7 +64,9 @@ def read_lines(file: Path) -> list[str]:
     return lines
 
 
-def read_table(file: Path) -> list[dict]:
+def read_table(
+    file: Path,  # of text, in any encoding
+) -> list[dict]:
     "The rows of a csv with a line of names at the top."
     try:
         return list(csv.DictReader(io.StringIO(read_text(file), newline="")))
@@ -72,11 +76,16 @@ def read_table(file: Path) -> list[dict]:
         ) from None
 
 # %% ../../nbs/runtime/folders.ipynb #csv-files
-def is_csv(path: Path) -> bool:
+def is_csv(
+    path: Path,  # of a list or of a folder
+) -> bool:
     return path.suffix.lower() == ".csv" and not path.is_dir()
 
 
-def visible_files(folder: Path, pattern: str) -> list[Path]:
+def visible_files(
+    folder: Path,  # looked through with all below it
+    pattern: str,  # of `Path.glob`
+) -> list[Path]:
     "The files of a folder that fit a pattern, sorted, without hidden ones."
     return [p for p in sorted(folder.glob(pattern)) if not p.name.startswith(".") and p.is_file()]
 

@@ -55,7 +55,9 @@ SPLITS = dict(train="train", val="val", validate="val", validation="val", test="
 _LOG = logging.getLogger("dera.data")
 
 
-def video_of(path: str | Path) -> str:
+def video_of(
+    path: str | Path,  # of a video file
+) -> str:
     "The video that a clip was cut from, by the way in which Kinetics and UCF-101 name files."
     name = Path(path).stem
     kinetics = re.fullmatch(r"(.+)_\d{6}_\d{6}", name)
@@ -80,7 +82,7 @@ def folder_manifest(
 
 # %% ../../nbs/runtime/manifests.ipynb #ucf-lists
 def ucf101_folders(
-    root: Path,
+    root: Path,  # folder of the data set
 ) -> tuple[Path, Path | None]:  # of videos, and of split files where there are any
     "Where UCF-101's two archives were unpacked."
     videos = root / "UCF-101" if (root / "UCF-101").is_dir() else root
@@ -100,7 +102,9 @@ def _ucf101_list(lists, name):
     return read_lines(file)
 
 
-def ucf101_classes(lists: Path) -> list[str]:
+def ucf101_classes(
+    lists: Path,  # folder of the split files
+) -> list[str]:
     return [line.split(maxsplit=1)[-1] for line in _ucf101_list(lists, "classInd.txt")]
 
 
@@ -127,7 +131,7 @@ def _class_of(path):
 
 
 def ucf101_rows(
-    root: Path,
+    root: Path,  # folder of the data set
     split_id: int,  # 1, 2 or 3
 ) -> tuple[list[Row], list[str]]:  # both lists of a split, then the files that neither names
     "Rows of UCF-101's layout and its class names."
@@ -310,7 +314,7 @@ def _kinetics_folders(root):
 
 
 def kinetics_rows(
-    root: Path,
+    root: Path,  # folder of the data set
     tables: list[Path] | None = None,  # the csv files; None: those that lie there
 ) -> tuple[list[Row], list[str]]:
     "Rows of a folder with train, val or test in it, and the class names."
@@ -446,7 +450,7 @@ def parse_source(
 
 # %% ../../nbs/runtime/manifests.ipynb #rows
 def source_rows(
-    source: Source,
+    source: Source,  # one description of a data set
     split_id: int = 1,  # of UCF-101: 1, 2 or 3
 ) -> tuple[list[Row], list[str]]:
     "All that a source lists, and the class names."
@@ -466,7 +470,7 @@ def source_rows(
 
 def all_rows(
     source: str | Path | list,  # as in `manifest`
-    split_id: int = 1,
+    split_id: int = 1,  # of UCF-101: 1, 2 or 3
 ) -> tuple[list[Row], list[str]]:
     "Rows and classes of one description or several."
     specs = [source] if isinstance(source, (str, Path)) else source
@@ -527,8 +531,8 @@ def _listed(items, split):
 
 def as_manifest(
     source: str | Path | list | tuple,  # descriptions, a manifest, or a list of (path, label)
-    split: str | None = None,
-    split_id: int = 1,
+    split: str | None = None,  # `train`, `val` or `test`; None: all
+    split_id: int = 1,  # of UCF-101: 1, 2 or 3
 ) -> Manifest:
     "Whatever `VideoClips` takes, as a manifest."
     if isinstance(source, (str, Path)):
@@ -548,7 +552,7 @@ def as_manifest(
 
 def mixed(
     parts: list,  # [(source, weight), ...], sources as in `as_manifest`; weights above 0, or all None
-    split: str | None = None,
+    split: str | None = None,  # `train`, `val` or `test`; None: all
     split_id: int = 1,  # both as in `manifest`, for the descriptions
 ) -> Manifest:  # class numbers of a source follow those of the one before it
     "Put sources together; a weight is a source's share of the draws of an epoch."

@@ -69,16 +69,26 @@ class MixtureOrder:
         self._epoch = None
         self._orders = {}  # of the present epoch
 
-    def source(self, i: int) -> int:
+    def source(
+        self,
+        i: int,  # number of the clip in the epoch
+    ) -> int:
         "The source of draw i of any epoch."
         return int(np.searchsorted(self.ends, i, side="right"))
 
-    def span(self, i: int) -> tuple[int, int]:
+    def span(
+        self,
+        i: int,  # number of the clip in the epoch
+    ) -> tuple[int, int]:
         "First entry of that source, and the one after its last."
         low, high = self.starts[self.source(i) :][:2].tolist()
         return low, high
 
-    def draw(self, i: int, epoch: int) -> int:
+    def draw(
+        self,
+        i: int,  # number of the clip in the epoch
+        epoch: int,  # from 0
+    ) -> int:
         "The entry of draw i."
         if epoch != self._epoch:
             self._epoch = epoch

@@ -16,7 +16,7 @@ def pick_codes(
     latents: torch.Tensor,  # (N, D)
     codes: torch.Tensor,  # (K, D)
     uniform: torch.Tensor | None,  # (N,) in (0, 1]; None takes the largest score
-    temperature: float,
+    temperature: float,  # of the softmax over scores, > 0
     table: torch.Tensor | None = None,  # (N, K) memory for the scores
 ) -> torch.Tensor:  # (N,) int64
     "The code of the largest score, or the one at which the softmax's running sum reaches u."
@@ -33,7 +33,7 @@ def search_codes(
     latents: torch.Tensor,  # (N, D)
     codes: torch.Tensor,  # (K, D)
     uniform: torch.Tensor | None,  # as in `pick_codes`
-    temperature: float,
+    temperature: float,  # of the softmax over scores, > 0
     scores: int = 2**21,  # numbers that are held at once (at least one row)
 ) -> torch.Tensor:  # (N,) int64
     "`pick_codes` for a few latents at a time, in one table that is used again and again."
@@ -50,14 +50,22 @@ def search_codes(
 # %% ../../nbs/runtime/search.ipynb #operator
 @torch.library.custom_op("dera::search", mutates_args=())
 def search_operator(
-    latents: torch.Tensor, codes: torch.Tensor, uniform: torch.Tensor | None, temperature: float
+    latents: torch.Tensor,  # (N, D)
+    codes: torch.Tensor,  # (K, D)
+    uniform: torch.Tensor | None,  # (N,) in (0, 1]; None takes the largest score
+    temperature: float,  # of the softmax over scores, > 0
 ) -> torch.Tensor:
     "`search_codes` as one node of a compiled graph."
     return search_codes(latents, codes, uniform, temperature)
 
 
 @search_operator.register_fake
-def search_shape(latents, codes, uniform, temperature):
+def search_shape(
+    latents,  # (N, D)
+    codes,  # (K, D)
+    uniform,  # (N,) in (0, 1]; None takes the largest score
+    temperature,  # of the softmax over scores, > 0
+):
     "What the operator returns, without its values."
     return latents.new_empty(len(latents), dtype=torch.int64)
 

@@ -76,8 +76,8 @@ def described(
 
 
 def open_tokens(
-    path: str | Path,
-    mode: str = "r",
+    path: str | Path,  # the token file
+    mode: str = "r",  # of `np.load`: `r`, or `r+` to write
 ) -> tuple[np.ndarray, np.ndarray]:  # (clips, views, L) uint16, (clips, views) int32, on disk
     "Tokens and labels of a token file, without reading it."
     tokens = np.lib.format.open_memmap(path, mode)
@@ -104,8 +104,8 @@ class BlockOfRows(NamedTuple):
 
 
 def read_shard(
-    file: Path,
-    layout: Layout,
+    file: Path,  # of one process
+    layout: Layout,  # how many clips, views and codes
 ) -> Iterator[BlockOfRows]:
     "The whole blocks of a shard, up to the first that is torn."
     end = 0
@@ -142,8 +142,8 @@ def shard_files(
 
 
 def written_blocks(
-    path: Path,
-    layout: Layout,
+    path: Path,  # the token file
+    layout: Layout,  # how many clips, views and codes
 ) -> set[tuple[int, int]]:
     "(first row, first view) of all blocks in the shards."
     found = set()
@@ -223,7 +223,7 @@ def remove_shards(
 
 def join_shards(
     path: Path,  # the token file
-    layout: Layout,
+    layout: Layout,  # how many clips, views and codes
     about: dict,  # its description
 ):
     "Write the token file from its shards; it gets its name when every label is there."

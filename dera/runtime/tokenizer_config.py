@@ -174,7 +174,7 @@ CHOICES = dict(
 
 
 def check_config(
-    config: TokenizerConfig,
+    config: TokenizerConfig,  # to be checked
 ):
     "Refuse what cannot work, in one line."
     for name in COUNTS:
@@ -195,14 +195,14 @@ def check_config(
 
 def is_count(
     value,  # anything
-    least: int,
+    least: int,  # smallest count that is allowed
 ) -> bool:
     "Whether a value is a whole number of at least so much."
     return isinstance(value, int) and value >= least
 
 
 def check_sizes(
-    config: TokenizerConfig,
+    config: TokenizerConfig,  # to be checked
 ):
     "Refuse sizes that do not divide."
     size = config.size
@@ -222,7 +222,7 @@ def check_sizes(
 
 
 def check_quantizer(
-    config: TokenizerConfig,
+    config: TokenizerConfig,  # to be checked
 ):
     "Refuse a table of codes that cannot be."
     if config.codebook_size < 2:

@@ -14,7 +14,11 @@ import torch
 ORANGE, BLUE, GREEN = "#e07b00", "#2f6fb5", "#2a9d4a"
 
 
-def good_half(ax, gradient, colour):
+def good_half(
+    ax,  # matplotlib axes
+    gradient,  # (2,), where the arrow ends
+    colour,  # of matplotlib
+):
     "Tint the half-plane of directions that lower this gradient's loss."
     normal = 9 * gradient / gradient.norm()
     side = torch.stack([-normal[1], normal[0]])
@@ -22,7 +26,13 @@ def good_half(ax, gradient, colour):
     ax.fill(*corners.T, color=colour, alpha=0.13, lw=0)
 
 
-def arrow(ax, vector, name, colour, style="-"):
+def arrow(
+    ax,  # matplotlib axes
+    vector,  # (2,), where the arrow ends
+    name,  # written at the tip
+    colour,  # of matplotlib
+    style="-",  # of the line
+):
     "One arrow from the origin, with its name at the tip."
     head = dict(arrowstyle="-|>", color=colour, lw=2, ls=style, shrinkA=0, shrinkB=0)
     ax.annotate("", vector, (0, 0), arrowprops=head)
@@ -173,7 +183,7 @@ def _caption(a, m):
 
 def two_arrows(
     g_a: tuple = (1.3, 0.4),  # where the tips are at first
-    g_m: tuple = (-2.2, 0.6),
+    g_m: tuple = (-2.2, 0.6),  # the same of the other arrow
 ) -> str:  # HTML with its script, for `IPython.display.HTML`
     "A picture of two gradients whose tips can be dragged."
     tips = [list(g_a), list(g_m)]

@@ -32,10 +32,10 @@ def clip_names(
 
 # %% ../../nbs/runtime/ucf_layout.ipynb #lists
 def write_split_lists(
-    root: Path,
+    root: Path,  # folder of the data set
     names: list[str],  # as `clip_names` gives them
-    labels: list[int],
-    classes: list[str],
+    labels: list[int],  # class of each clip, from 0
+    classes: list[str],  # names of the classes
     tests: dict[int, list[bool]],  # split -> which clips are kept for testing
 ):
     "UCF-101's split files: class index, and train and test lists of every split."
@@ -55,7 +55,7 @@ def write_split_lists(
 
 # %% ../../nbs/runtime/ucf_layout.ipynb #refuse
 def refuse_another_dataset(
-    root: Path,
+    root: Path,  # folder of the data set
     n: int,  # clips asked for
     asked: dict,  # settings, as they stand in factors.npz
 ):

@@ -29,7 +29,12 @@ def _frames_of(file, stream):
             yield packet, packet.decode()
 
 
-def from_key(file, stream, index: Index, key: int):
+def from_key(
+    file,  # an opened container
+    stream,  # its video stream
+    index: Index,  # which packet is which frame
+    key: int,  # number of a key frame, from 0
+):
     "(number, frame) from a key frame on; an error where packets or frames are not the index's."
     start, number, place = index.times[key], key, None
     file.seek(start, stream=stream)
@@ -70,9 +75,9 @@ def _from_start(file, stream, wanted):
 
 
 def jumping(
-    file,
-    stream,
-    index: Index,
+    file,  # an opened container
+    stream,  # its video stream
+    index: Index,  # which packet is which frame
     wanted: list[int],  # sorted
     patience: int = 8,  # frames that are rather decoded than jumped over
 ):  # yields frames
@@ -104,7 +109,7 @@ def _pictures(stream, frames):
 
 
 def decode(
-    path: str | Path,
+    path: str | Path,  # of the video file
     wanted: list[int],  # sorted
 ):  # yields (picture (H, W, 3) uint8, its Display)
     "The wanted frames of a file, decoded from the start."
@@ -151,7 +156,11 @@ _LOG = logging.getLogger("dera.data")
 _SAID = set()  # reasons that were logged
 
 
-def decord_doubt(file, stream, found) -> str:
+def decord_doubt(
+    file,  # an opened container
+    stream,  # its video stream
+    found,  # of `survey`
+) -> str:
     "Why decord is not known to read a file exactly; '' where it is."
     first = found.first
     container = file.format.name.split(",")[0]

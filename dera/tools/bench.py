@@ -138,7 +138,7 @@ def bench_render(
     size: int = 64,  # pixels
     clips: int = 64,  # in a batch
     repeats: int = 5,  # rounds
-    device: str = "cpu",
+    device: str = "cpu",  # `cpu`, `cuda` or `mps`
     out: str = "",  # also write a JSON file
 ) -> dict:  # see `table`
     "Clips per second of the renderer at each level."
@@ -268,7 +268,7 @@ def bench_tokenizers(
     preset: str = "paper",  # of `TokenizerConfig`
     batch: int = 1,  # clips
     repeats: int = 3,  # rounds
-    device: str = "cpu",
+    device: str = "cpu",  # `cpu`, `cuda` or `mps`
     precision: str = "auto",  # `auto`, `no` or `bf16`
     compile: bool = False,  # torch.compile the transformers
     out: str = "",  # also write a JSON file
@@ -521,7 +521,7 @@ def bench_generate(
     seconds: float = 5.0,  # at most, for the slowest cached way at one of three places
     limit: float = 30.0,  # a way that takes longer than this for one token is left out
     repeats: int = 3,  # rounds
-    device: str = "cpu",
+    device: str = "cpu",  # `cpu`, `cuda` or `mps`
     precision: str = "no",  # `auto`, `no`, `bf16` or `fp16`
     compile: bool = False,  # torch.compile our step
     out: str = "",  # also write a JSON file
@@ -810,7 +810,7 @@ def bench_train(
     preset: str = "paper",  # of `TokenizerTraining`
     batch: int = 1,  # clips
     repeats: int = 3,  # rounds
-    device: str = "cpu",
+    device: str = "cpu",  # `cpu`, `cuda` or `mps`
     precision: str = "auto",  # `auto`, `no`, `bf16` or `fp16`
     teachers: bool = True,  # with alignment and SACP
     compile: bool = False,  # torch.compile the transformers of the tokenizer
@@ -898,7 +898,7 @@ def _options(function):
 
 def command(
     args: list,  # words after `dera bench`
-    description: str,
+    description: str,  # of the benchmark, for `--help`
 ) -> dict:  # see `table`
     "Measure the part that the words name."
     kinds = {name: _options(function) for name, function in PARTS.items()}

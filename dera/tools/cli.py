@@ -32,7 +32,9 @@ class Reconstruct:
     fresh: bool = False  # overwrite a result of other settings
 
 
-def run_reconstruct(options):
+def run_reconstruct(
+    options,  # as given on the command line
+):
     from dera.tools.videos import decode_tokens, reconstruct_video
 
     if bool(options.video) == bool(options.tokens):
@@ -54,7 +56,9 @@ class Tokenize:
     fresh: bool = False  # overwrite tokens of other settings
 
 
-def run_tokenize(options):
+def run_tokenize(
+    options,  # as given on the command line
+):
     from dera.tools.videos import tokenize_videos
 
     tokenize_videos(
@@ -84,7 +88,9 @@ class Evaluate:
     fresh: bool = False  # start over instead of going on
 
 
-def run_evaluate(options):
+def run_evaluate(
+    options,  # as given on the command line
+):
     from dera.runtime.progress import progress
     from dera.tools.evaluate import run_evaluation
     from dera.tools.videos import TOKENIZERS, newest
@@ -140,7 +146,9 @@ class Audit:
     out: str = "runs/audit.json"  # where to write the whole report
 
 
-def run_audit(options):
+def run_audit(
+    options,  # as given on the command line
+):
     from dera.runtime.progress import progress
     from dera.runtime.run_folder import write_atomic
     from dera.tools.audit import audit, audit_table
@@ -172,7 +180,9 @@ class Prepare:
     workers: int = 0  # processes; 0: one per core
 
 
-def run_prepare(options):
+def run_prepare(
+    options,  # as given on the command line
+):
     from dera.runtime.names import printable
     from dera.runtime.progress import progress
     from dera.tools.prepare import prepare
@@ -204,7 +214,9 @@ class Weights:
     k600: str = ""  # folder of Kinetics-600
 
 
-def run_weights(options):
+def run_weights(
+    options,  # as given on the command line
+):
     from dera.runtime.weights import PAPER_RUN, weights_table
 
     folders = dict(ucf101=options.ucf101, k600=options.k600)
@@ -231,7 +243,9 @@ class TrainTeachers:
     level: Literal["all", "plain", "textured", "busy"] = "all"  # of the clips they see
 
 
-def run_train_teachers(options):
+def run_train_teachers(
+    options,  # as given on the command line
+):
     from dera.teachers import TeacherConfig, train_teacher
 
     out = Path(options.out)
@@ -252,7 +266,9 @@ class Reproduce:
     out: str = ""  # folder for figures; default: none are drawn
 
 
-def run_reproduce(options):
+def run_reproduce(
+    options,  # as given on the command line
+):
     from dera.reproduce import reproduce
 
     print(reproduce(**vars(options)))

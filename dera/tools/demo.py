@@ -112,13 +112,13 @@ def _train(demo, folder):
 # %% ../../nbs/tools/demo.ipynb #generate-stage
 @torch.inference_mode()
 def sample_clips(
-    tokenizer,
+    tokenizer,  # of pocket clips, in evaluation mode
     generator,  # a pair that belongs together
     labels: torch.Tensor,  # (N,) class ids
     guidance: float = 1.5,  # 1 is none
     seed: int = 0,  # clip i depends on seed + i and its label only
-    batch_size: int = 56,
-    progress=tqdm,
+    batch_size: int = 56,  # clips at once; changes no clip
+    progress=tqdm,  # a tqdm-like wrapper
 ) -> torch.Tensor:  # (N, 3, T, H, W) in [0, 1]
     "Generate a clip for each label."
     out = []
@@ -154,9 +154,9 @@ def _without(tokenizer, indices, video, part):
 
 def measure(
     tokenizer,  # trained
-    test: torch.Tensor,
+    test: torch.Tensor,  # held-out clips (N, 3, T, H, W) in [0, 1]
     test_labels: torch.Tensor,  # held-out clips (N, 3, T, H, W) and class ids
-    generated: torch.Tensor,
+    generated: torch.Tensor,  # clips (N, 3, T, H, W) in [0, 1]
     labels: torch.Tensor,  # generated clips and the classes asked for
 ) -> tuple[dict, torch.Tensor]:  # numbers by name, and the reconstructions
     "All numbers of the demo."

@@ -98,7 +98,7 @@ def _finite(video, what):
 
 # %% ../../nbs/tools/evaluate.ipynb #pictures
 def reconstructed(
-    evaluation: Evaluation,
+    evaluation: Evaluation,  # models, protocol and where results go
     video: torch.Tensor,  # (B, 3, T, H, W) in [0, 1], on the device
 ) -> tuple[torch.Tensor, torch.Tensor]:  # clips, indices
     "Clips through the tokenizer."
@@ -118,7 +118,7 @@ def _written(evaluation, rows, **given):
 
 
 def generated(
-    evaluation: Evaluation,
+    evaluation: Evaluation,  # models, protocol and where results go
     rows: list[int],  # samples
 ) -> tuple[torch.Tensor, torch.Tensor]:  # clips, indices
     "Clips of the samples' classes."
@@ -128,7 +128,7 @@ def generated(
 
 
 def predicted(
-    evaluation: Evaluation,
+    evaluation: Evaluation,  # models, protocol and where results go
     rows: list[int],  # samples
     video: torch.Tensor,  # (B, 3, T, H, W) in [0, 1], on the device
 ) -> tuple[torch.Tensor, torch.Tensor]:  # clips, indices
@@ -171,7 +171,11 @@ def _pixel_scores(picture, video, lpips_net=""):
     return scores
 
 
-def measure_reconstructions(rows, clips, evaluation: Evaluation) -> dict:
+def measure_reconstructions(
+    rows,  # numbers of the samples of this part
+    clips,  # the real clips of this part
+    evaluation: Evaluation,  # models, protocol and where results go
+) -> dict:
     "One part of a tokenizer's evaluation."
     video = _floats(clips, evaluation.device)
     picture, indices = reconstructed(evaluation, video)
@@ -183,18 +187,30 @@ def measure_reconstructions(rows, clips, evaluation: Evaluation) -> dict:
     )
 
 
-def measure_real(rows, clips, evaluation: Evaluation) -> dict:
+def measure_real(
+    rows,  # numbers of the samples of this part
+    clips,  # the real clips of this part
+    evaluation: Evaluation,  # models, protocol and where results go
+) -> dict:
     "One part of the real clips that generated ones are compared with."
     return dict(real=_features(evaluation, _floats(clips, evaluation.device)))
 
 
-def measure_generated(rows, clips, evaluation: Evaluation) -> dict:
+def measure_generated(
+    rows,  # numbers of the samples of this part
+    clips,  # not used: generated clips have no counterpart
+    evaluation: Evaluation,  # models, protocol and where results go
+) -> dict:
     "One part of a generator's evaluation."
     picture, indices = generated(evaluation, rows)
     return dict(codes=indices.cpu(), fake=_features(evaluation, picture))
 
 
-def measure_predictions(rows, clips, evaluation: Evaluation) -> dict:
+def measure_predictions(
+    rows,  # numbers of the samples of this part
+    clips,  # the real clips of this part
+    evaluation: Evaluation,  # models, protocol and where results go
+) -> dict:
     "One part of a predictor's evaluation; pixels are scored on the predicted frames only."
     video = _floats(clips, evaluation.device)
     picture, indices = predicted(evaluation, rows, video)
@@ -218,7 +234,7 @@ class Source(NamedTuple):
 
 
 def fitted(
-    protocol: Protocol,
+    protocol: Protocol,  # which clips, of which size, and what is measured
     config,  # of a tokenizer
 ) -> Protocol:
     "A protocol at the frames and the size that a tokenizer takes."
@@ -229,7 +245,12 @@ def fitted(
     return protocol.change(num_frames=config.num_frames, size=height, given=given)
 
 
-def open_source(source, protocol: Protocol, config, split_id: int = 1) -> Source:
+def open_source(
+    source,  # data, as in `dera.data.VideoClips`
+    protocol: Protocol,  # which clips, of which size, and what is measured
+    config,  # the tokenizer's
+    split_id: int = 1,  # of UCF-101: 1, 2 or 3
+) -> Source:
     "The clips of a protocol at a tokenizer's size."
     protocol = fitted(protocol, config)
     clips = open_clips(
@@ -250,7 +271,7 @@ def open_source(source, protocol: Protocol, config, split_id: int = 1) -> Source
 
 
 def check_pair(
-    generator,
+    generator,  # the one to be used
     tokenizer,  # the one whose tokens it should have learned
 ):
     "Refuse a generator of other tokens; one that names no tokenizer must fit in size."
@@ -438,7 +459,7 @@ def evaluate_tokenizer(
     tokenizer,  # of clips
     source,  # data, as in `dera.data.VideoClips`
     out: str | Path,  # folder: parts, evaluation.json, report.html
-    protocol: Protocol = PROTOCOLS["heldout"],
+    protocol: Protocol = PROTOCOLS["heldout"],  # which clips, of which size, and what is measured
     extractor: Extractor | str | None = None,  # default: the one that the protocol needs
     lpips_net: str = "",  # `alex` or `vgg` adds LPIPS
     workers: int = 1,  # processes; on an accelerator: that decode videos
@@ -536,11 +557,11 @@ def _most_and_least_alike(evaluation, distances):
 
 
 def evaluate_generator(
-    generator,
+    generator,  # class-conditional, in evaluation mode
     tokenizer,  # the one that belongs to the generator
     source,  # data, as in `dera.data.VideoClips`
     out: str | Path,  # folder: parts, evaluation.json, report.html
-    protocol: Protocol = PROTOCOLS["larp-gfvd"],
+    protocol: Protocol = PROTOCOLS["larp-gfvd"],  # which clips, of which size, and what is measured
     extractor: Extractor | str | None = None,  # default: the one that the protocol needs
     guidance: float = 1.25,  # 1 is none
     workers: int = 1,  # processes; on an accelerator: that decode videos
@@ -606,7 +627,7 @@ def evaluate_prediction(
     tokenizer,  # the one that belongs to the generator
     source,  # data, as in `dera.data.VideoClips`
     out: str | Path,  # folder: parts, evaluation.json, report.html
-    protocol: Protocol = PROTOCOLS["k600-fp"],
+    protocol: Protocol = PROTOCOLS["k600-fp"],  # which clips, of which size, and what is measured
     extractor: Extractor | str | None = None,  # default: the one that the protocol needs
     workers: int = 1,  # processes; on an accelerator: that decode videos
     split_id: int = 1,  # of UCF-101

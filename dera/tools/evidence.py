@@ -64,10 +64,10 @@ class Reconstruction(NamedTuple):
 
 
 def reconstruct_clips(
-    tokenizer,
+    tokenizer,  # of pocket clips, in evaluation mode
     clips: torch.Tensor,  # (N, 3, T, H, W) in [0, 1]
-    batch_size: int = 50,
-    precision: str = "float32",
+    batch_size: int = 50,  # clips at once; changes no number
+    precision: str = "float32",  # of the models: `float32`, `tf32` or `bf16`
 ) -> Reconstruction:  # on the CPU
     "Clips through a tokenizer, batch by batch."
     device = device_of(tokenizer)
@@ -81,11 +81,11 @@ def reconstruct_clips(
 
 
 def reconstruction_evidence(
-    tokenizer,
+    tokenizer,  # of pocket clips, in evaluation mode
     factors,  # of the clips
     clips: torch.Tensor,  # (N, 3, T, H, W) in [0, 1]
-    batch_size: int = 50,
-    precision: str = "float32",
+    batch_size: int = 50,  # clips at once; changes no number
+    precision: str = "float32",  # of the models: `float32`, `tf32` or `bf16`
 ) -> dict:
     "How good reconstructions are, and what is still recognised in them."
     config = tokenizer.config
@@ -110,7 +110,7 @@ def reconstruction_evidence(
 def confusion(
     truth: torch.Tensor,  # (N,) indices
     answer: torch.Tensor,  # (N,) indices
-    num_classes: int,
+    num_classes: int,  # of truth and answer
 ) -> list:  # num_classes x num_classes counts: rows are the truth
     "How often each truth got each answer."
     counts = torch.zeros(num_classes, num_classes, dtype=torch.long)
@@ -119,13 +119,13 @@ def confusion(
 
 
 def generate_clips(
-    generator,
-    tokenizer,
+    generator,  # class-conditional, of this tokenizer's tokens
+    tokenizer,  # of pocket clips, in evaluation mode
     labels: torch.Tensor,  # (N,) classes
-    guidance: float,
+    guidance: float,  # classifier-free guidance scale; 1 is none
     seed: int,  # clip i is drawn from seed + i
-    batch_size: int = 56,
-    precision: str = "float32",
+    batch_size: int = 56,  # clips at once; changes no number
+    precision: str = "float32",  # of the models: `float32`, `tf32` or `bf16`
 ) -> torch.Tensor:  # (N, 3, T, H, W) in [0, 1], on the CPU
     "Clips of given classes, batch by batch; a clip does not depend on its batch."
     device = device_of(tokenizer)
@@ -179,7 +179,7 @@ class Nearest(NamedTuple):
 
 def nearest_training_clips(
     clips: torch.Tensor,  # (N, 3, T, H, W)
-    training: PocketClips,
+    training: PocketClips,  # the clips that the generator may have seen
     part: int = 500,  # training clips at a time
     progress=lambda iterable, **_: iterable,  # a tqdm-like wrapper
 ) -> Nearest:
@@ -263,7 +263,7 @@ def evidence(
     seed: int = 0,  # of rendered and of generated clips
     num_training_clips: int = 40000,  # of `--data pocket=N`: among them the nearest are looked for
     num_nearest: int = 16,  # generated clips whose nearest training clip is looked for; 0: none
-    batch_size: int = 50,
+    batch_size: int = 50,  # clips at once; changes no number
     precision: str = "float32",  # of the models; or `tf32`, `bf16`
     fresh: bool = False,  # delete what an evaluation left in the folder
     progress=lambda iterable, **_: iterable,  # a tqdm-like wrapper

@@ -48,7 +48,7 @@ class Studio:
 
     def video(
         self,
-        file: str | Path,
+        file: str | Path,  # a video that can be decoded
     ) -> torch.Tensor:  # (1, 3, T, H, W)
         "A clip of one's own, spread over the whole file."
         config = self.tokenizer.config
@@ -78,8 +78,8 @@ TILE = 24  # pixels
 
 def picture(
     videos: torch.Tensor,  # (B, 3, T, H, W) in [0, 1]
-    label: str = "",
-    zoom: int = 4,
+    label: str = "",  # a caption under the picture
+    zoom: int = 4,  # screen pixels of a pixel
 ) -> str:  # HTML
     "Moving clips as a picture that a page can hold."
     content = base64.b64encode(animation(videos, columns=len(videos), zoom=zoom)).decode()
@@ -87,7 +87,7 @@ def picture(
 
 
 def code_colour(
-    code: int,
+    code: int,  # in [0, size)
     size: int,  # of the codebook
 ) -> tuple[int, int, int]:
     "A colour for a code; neighbours in number are no neighbours in colour."
@@ -125,8 +125,8 @@ def token_tiles(
 
 def token_at(
     x: float,  # pixels in the picture of tiles
-    y: float,
-    config,
+    y: float,  # pixels from the top
+    config,  # the tokenizer's
 ) -> int:  # token
     "Which token was clicked."
     token = int(y // TILE) * COLUMNS + int(x // TILE)
@@ -140,8 +140,8 @@ NOTE = (
 
 @torch.inference_mode()
 def reconstruct_clip(
-    studio: Studio,
-    seed: int = 0,
+    studio: Studio,  # the models, and what they have drawn
+    seed: int = 0,  # of the clip, >= 0
     file: str | None = None,  # a video of one's own instead
 ) -> tuple[str, Image.Image]:  # HTML, tiles
     "A clip, its reconstruction, and where they differ."
@@ -158,7 +158,7 @@ def reconstruct_clip(
 
 @torch.inference_mode()
 def swap_clips(
-    studio: Studio,
+    studio: Studio,  # the models, and what they have drawn
     seed_a: int = 0,  # whose appearance
     seed_b: int = 1,  # whose motion
 ) -> str:  # HTML
@@ -174,9 +174,9 @@ def swap_clips(
 
 @torch.inference_mode()
 def edit_token(
-    studio: Studio,
-    seed: int = 0,
-    token: int = 0,
+    studio: Studio,  # the models, and what they have drawn
+    seed: int = 0,  # of the clip, >= 0
+    token: int = 0,  # which token, from 0
     slot: int = 0,  # which of the token's codes
     code: int = 0,  # the new one
 ) -> tuple[str, Image.Image]:  # HTML, tiles
@@ -198,11 +198,11 @@ def edit_token(
 # %% ../../nbs/tools/play.ipynb #generate
 @torch.inference_mode()
 def generate_clip(
-    studio: Studio,
+    studio: Studio,  # the models, and what they have drawn
     label: int = 0,  # index into the classes
     guidance: float = 2.0,  # 1: none
-    temperature: float = 1.0,
-    seed: int = 0,
+    temperature: float = 1.0,  # of the drawn codes, > 0; 1 changes nothing
+    seed: int = 0,  # of the clip, >= 0
     num_stages: int = 6,  # pictures on the way
 ):  # yields (HTML, tiles)
     "Generate a clip of a class, shown as its tokens arrive; tokens that are not there yet decode as zero latents."
@@ -233,9 +233,9 @@ def generate_clip(
 # %% ../../nbs/tools/play.ipynb #sacp
 def draw_gradients(
     angle_a: float = 20.0,  # degrees
-    angle_m: float = 150.0,
-    length_a: float = 1.0,
-    length_m: float = 0.7,
+    angle_m: float = 150.0,  # degrees
+    length_a: float = 1.0,  # of g_a, >= 0
+    length_m: float = 0.7,  # of g_m, >= 0
 ) -> str:  # HTML
     "Two gradients as arrows, and their projections."
     angles = torch.deg2rad(torch.tensor([angle_a, angle_m], dtype=torch.float64))
@@ -282,7 +282,10 @@ def gradio_module():
     return gradio
 
 
-def reconstruct_tab(gr, studio: Studio):
+def reconstruct_tab(
+    gr,  # the module `gradio`, imported late
+    studio: Studio,  # the models, and what they have drawn
+):
     "Rebuild a pocket clip or a video of one's own."
     with gr.Row():
         seed = gr.Number(3, label="seed of a pocket clip", precision=0)
@@ -295,7 +298,10 @@ def reconstruct_tab(gr, studio: Studio):
     )
 
 
-def swap_tab(gr, studio: Studio):
+def swap_tab(
+    gr,  # the module `gradio`, imported late
+    studio: Studio,  # the models, and what they have drawn
+):
     "Appearance of A, motion of B, and the truth."
     with gr.Row():
         seed_a = gr.Number(3, label="seed of A: appearance", precision=0)
@@ -305,7 +311,10 @@ def swap_tab(gr, studio: Studio):
     button.click(lambda a, b: swap_clips(studio, a, b), [seed_a, seed_b], out)
 
 
-def edit_tab(gr, studio: Studio):
+def edit_tab(
+    gr,  # the module `gradio`, imported late
+    studio: Studio,  # the models, and what they have drawn
+):
     "Click a token, choose another code."
     config = studio.tokenizer.config
     first = studio.tokenizer.encode(studio.clip(3)).indices[0]
@@ -338,7 +347,10 @@ def edit_tab(gr, studio: Studio):
     button.click(change, [seed, token, slot, code], [out, tiles])
 
 
-def generate_tab(gr, studio: Studio):
+def generate_tab(
+    gr,  # the module `gradio`, imported late
+    studio: Studio,  # the models, and what they have drawn
+):
     "A class becomes a clip, token by token."
     if studio.generator is None:
         gr.Markdown("No generator is loaded; start with `--generator FOLDER`.")
@@ -360,7 +372,9 @@ def generate_tab(gr, studio: Studio):
     button.click(stages, [label, guidance, temperature, seed], [out, tiles])
 
 
-def sacp_tab(gr):
+def sacp_tab(
+    gr,  # the module `gradio`, imported late
+):
     "Two gradients and their projections."
     with gr.Row():
         angle_a = gr.Slider(0, 360, 20, label="direction of the appearance gradient, degrees")
@@ -377,7 +391,7 @@ def sacp_tab(gr):
 
 # %% ../../nbs/tools/play.ipynb #page
 def build_page(
-    studio: Studio,
+    studio: Studio,  # the models, and what they have drawn
 ):  # a gradio page, not yet open
     "The page with its five tabs."
     gr = gradio_module()

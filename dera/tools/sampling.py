@@ -79,7 +79,7 @@ def class_number(
 
 def class_numbers(
     asked: tuple[str, ...],  # names or numbers; none: the first and the last class
-    names: list[str],
+    names: list[str],  # of the classes that the generator knows
 ) -> list[int]:
     "The classes that are meant, each once."
     if not asked:
@@ -152,7 +152,7 @@ def _run_of(options):
 
 
 def load_pair(
-    options: Generate,
+    options: Generate,  # as given on the command line
 ) -> Pair:
     "The tokenizer and the generator that are meant; says which where none is named."
     run = _run_of(options)
@@ -190,7 +190,9 @@ class Condition(NamedTuple):
     known: torch.Tensor | None  # (3, frames, H, W): frames to continue
 
 
-def check_numbers(options: Generate):
+def check_numbers(
+    options: Generate,  # as given on the command line
+):
     "Refuse numbers that mean nothing."
     if options.count < 1:
         raise InputError(f"count is {options.count}; ask for at least one clip")
@@ -228,7 +230,10 @@ def _from_frames(options, pair):
     return Condition(dict(prefix=prefix), [f"{stem}_{i}" for i in range(options.count)], known)
 
 
-def condition(options: Generate, pair: Pair) -> Condition:
+def condition(
+    options: Generate,  # as given on the command line
+    pair: Pair,  # a tokenizer and the generator of its tokens
+) -> Condition:
     "What to draw from: classes or first frames, as the generator has learned."
     continues = bool(pair.generator.config.prefix_tokens)
     if continues and not options.first_frames:
@@ -240,7 +245,11 @@ def condition(options: Generate, pair: Pair) -> Condition:
     return _from_frames(options, pair) if continues else _from_classes(options, pair)
 
 # %% ../../nbs/tools/sampling.ipynb #folder
-def describe(options: Generate, pair: Pair, wanted: Condition) -> dict:
+def describe(
+    options: Generate,  # as given on the command line
+    pair: Pair,  # a tokenizer and the generator of its tokens
+    wanted: Condition,  # classes or first frames to draw from
+) -> dict:
     "What clips are drawn with: enough to draw them again."
     known = wanted.known
     return dict(
@@ -255,7 +264,12 @@ def describe(options: Generate, pair: Pair, wanted: Condition) -> dict:
     )
 
 
-def open_clips(out: Path, about: dict, wanted: list[dict], fresh: bool):
+def open_clips(
+    out: Path,  # folder of the clips
+    about: dict,  # of `describe`
+    wanted: list[dict],  # one entry for each clip
+    fresh: bool,  # delete what the folder holds
+):
     "Make the folder; refuse one that holds clips of other settings."
     page = out / "generated.json"
     try:
@@ -285,7 +299,12 @@ def open_clips(out: Path, about: dict, wanted: list[dict], fresh: bool):
     page.unlink()
 
 
-def write_page(out: Path, clips: list, made: list[dict], about: dict):
+def write_page(
+    out: Path,  # folder of the clips
+    clips: list,  # finished, (3, T, H, W) each
+    made: list[dict],  # what each clip was made from
+    about: dict,  # of `describe`
+):
     "A grid of the finished clips, moving, and what each was made from."
     columns = min(len(clips), 8)
     frames = [Image.fromarray(f) for f in grid_frames(torch.stack(clips), columns, zoom=1)]
@@ -307,7 +326,7 @@ def _clip_records(options, wanted):
 
 
 def generate(
-    options: Generate,
+    options: Generate,  # as given on the command line
 ) -> list[Path]:  # files of the clips
     "Draw clips and write them; Ctrl-C keeps what is finished."
     check_numbers(options)
