@@ -1110,7 +1110,7 @@ def source_clips(config: ARConfig, shape, split: str | None):
         list(config.data),
         shape.num_frames,
         shape.size,
-        config.sampling,
+        sampling=config.sampling,
         split=split,
         seed=config.seed,
         replace_bad=True,
@@ -1144,7 +1144,7 @@ def held_out_clips(config: ARConfig, shape, classes: list):
         Manifest([(clips.paths[i], clips.labels[i]) for i in keep], clips.classes),
         shape.num_frames,
         shape.size,
-        config.sampling,
+        sampling=config.sampling,
         seed=config.seed,
         replace_bad=True,
     )

@@ -2,10 +2,8 @@
 
 import copy
 import gc
-import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -19,10 +17,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from dera import ar
+from dera import ar, train_ar
 from dera.ar import Block, Generator, GeneratorConfig, choose_tokens, frame_prefix
-from dera.runtime.checkpoints import load_checkpoint, save_checkpoint
 from dera.runtime import fast_decoder
+from dera.runtime.checkpoints import load_checkpoint
 from dera.runtime.errors import InputError
 from dera.runtime.run_folder import RunFolder
 from dera.train_ar import (
@@ -30,12 +28,15 @@ from dera.train_ar import (
     fingerprint,
     load_tokens,
     tokenize_dataset,
-    train_from_videos,
     train_generator,
 )
 
 SMALL = dict(vocab_size=50, num_tokens=20, num_classes=7, dim=32, depth=2, heads=2)
-quiet = lambda it, **_: it
+
+
+def quiet(it, **_):
+    "No progress bar."
+    return it
 
 
 def small(**changes):
@@ -132,7 +133,7 @@ def test_sizes_have_the_parameters_that_their_shape_says(size, total):
     assert (
         size == "pocket"
         or (c.depth, c.dim, c.heads, c.vocab_size, c.num_tokens)
-        == dict([("343M", (24, 1024, 16, 8192, 1024)), ("632M", (30, 1280, 20, 8192, 1024))])[size]
+        == {"343M": (24, 1024, 16, 8192, 1024), "632M": (30, 1280, 20, 8192, 1024)}[size]
     )
 
 
@@ -177,7 +178,7 @@ def test_class_dropout_hides_the_class_in_training_only():
 
 @pytest.mark.parametrize("prefix", [0, 6])
 def test_there_is_no_padding(prefix):
-    "One logit row for each token, none for a filler; a shorter sequence is the beginning of a longer one; no code is reserved."
+    "A logit row for each token, none for a filler; shorter sequences begin longer ones."
     g = small(prefix_tokens=prefix)
     y = torch.randint(50, (2, 20))
     given = (
@@ -342,7 +343,10 @@ def test_a_sample_depends_on_its_seed_alone(options):
 
 def test_guidance_only_in_its_interval():
     g, labels = small(), torch.arange(7).repeat(4)
-    run = lambda **options: g.generate(labels, **{**dict(seed=3, guidance=6.0), **options})
+
+    def run(**options):
+        return g.generate(labels, **(dict(seed=3, guidance=6.0) | options))
+
     plain, every = run(guidance=1.0), run()
     assert (
         torch.equal(run(guidance_interval=(0, 20)), every)
@@ -362,9 +366,13 @@ def test_guidance_only_in_its_interval():
 
 
 RANK = """
-import sys, torch; sys.path.insert(0, {tests!r}); import test_ar as t; from safetensors.torch import save_file
+import sys, torch
+sys.path.insert(0, {tests!r})
+import test_ar as t
+from safetensors.torch import save_file
 torch.set_num_threads(1); rank, rows = int(sys.argv[1]), torch.arange(9)[int(sys.argv[1])::2]
-save_file(dict(y=t.small().generate(rows % 7, guidance=2., top_k=20, seed=(40 + rows).tolist(), batch_size=2)), sys.argv[2])
+options = dict(guidance=2., top_k=20, seed=(40 + rows).tolist(), batch_size=2)
+save_file(dict(y=t.small().generate(rows % 7, **options)), sys.argv[2])
 """
 
 
@@ -472,7 +480,7 @@ def test_samples_follow_the_model():
 
 
 def test_no_probabilities_are_kept():
-    "As many tensors of the size of the vocabulary are alive after the last step as after the third; the result is tokens alone."
+    "As many tensors as wide as the vocabulary are alive after the last step as after the third."
     alive = []
 
     def count(it, **_):
@@ -695,78 +703,68 @@ def test_a_finished_run_is_loaded_and_a_foreign_one_refused(tmp_path):
 
 
 SCRIPT = """
-import os, sys, time, torch; sys.path.insert(0, {tests!r}); import test_ar as t
+import sys, time, torch
+sys.path.insert(0, {tests!r})
+import test_ar as t
+
 def slow(steps, **_):
-    for step in steps: time.sleep({pause}); yield step
-if __name__ == '__main__':
-    open({out!r} + '.rank' + os.environ.get('RANK', ''), 'w').close()
-    torch.set_num_threads(1); {first}; t.train_generator(t.config({options}), *t.data(), {out!r}, slow)
+    for step in steps:
+        time.sleep({pause})
+        yield step
+
+torch.set_num_threads(1)
+{first}
+t.train_generator(t.config(), *t.data(), {out!r}, slow)
 """
 
 
-def run_script(path, out, pause=0.0, options="", launch=(), first="pass"):
-    path.write_text(
-        SCRIPT.format(
-            tests=str(Path(__file__).parent),
-            pause=pause,
-            out=str(out),
-            options=options,
-            first=first,
-        )
-    )
+def run_script(out, pause=0.0, first=""):
+    "Train into `out` in another process."
+    tests = str(Path(__file__).parent)
+    code = SCRIPT.format(tests=tests, pause=pause, out=str(out), first=first)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
-        [sys.executable, *launch, str(path)], env=env, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, text=True
     )
 
 
-def test_killed_and_resumed_equals_uninterrupted(tmp_path):
-    "kill -9 in the middle, in another process; the rest of the run and its weights are the same to the last bit."
-    whole = run_script(tmp_path / "a.py", tmp_path / "whole")
-    assert whole.wait(120) == 0, whole.stderr.read()
-    process = run_script(tmp_path / "b.py", tmp_path / "parts", pause=0.2)
+@pytest.fixture
+def whole(tmp_path):
+    "The run that the others must equal, in one go and in this process."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train_generator(config(), *data(), tmp_path / "whole", quiet)
+    yield tmp_path / "whole"
+    torch.set_num_threads(threads)
+
+
+def same_run(one, two):
+    weights = "generator/model.safetensors"
+    assert numbers(one) == numbers(two)
+    assert (one / weights).read_bytes() == (two / weights).read_bytes()
+
+
+def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path):
+    "kill -9 in another process; the rest of the run and its weights are the same to the last bit."
+    process = run_script(tmp_path / "parts", pause=0.2)
     checkpoint = tmp_path / "parts" / "checkpoint.safetensors"
-    for _ in range(1200):
-        if checkpoint.exists():
-            break
-        time.sleep(0.1)
-    os.kill(process.pid, signal.SIGKILL)
+    while not checkpoint.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.kill()
     process.wait()
-    assert (
-        0 < load_checkpoint(checkpoint)["step"] < 12
-        and not (tmp_path / "parts" / "generator").exists()
-    )
-    rest = run_script(tmp_path / "c.py", tmp_path / "parts")
-    assert rest.wait(120) == 0, rest.stderr.read()
-    assert numbers(tmp_path / "whole") == numbers(tmp_path / "parts")
-    assert (tmp_path / "whole" / "generator" / "model.safetensors").read_bytes() == (
-        tmp_path / "parts" / "generator" / "model.safetensors"
-    ).read_bytes()
+    assert 0 < load_checkpoint(checkpoint)["step"] < 12
+    assert not (tmp_path / "parts" / "generator").exists()
+    train_generator(config(), *data(), tmp_path / "parts", quiet)
+    same_run(whole, tmp_path / "parts")
 
 
-def test_two_processes_equal_one(tmp_path):
-    "Without dropout, two processes that halve every batch make the same run."
-    options = 'generator=t.GeneratorConfig(**{**t.SMALL, "dropout": 0., "class_dropout": 0.})'
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    for name, how in (("one", ()), ("two", launch)):
-        process = run_script(tmp_path / f"{name}.py", tmp_path / name, options=options, launch=how)
-        assert process.wait(300) == 0, process.stderr.read()
-    one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
-    assert [l["step"] for l in one] == [l["step"] for l in two]
-    for a, b in zip(one, two):
-        assert all(abs(a[k] - b[k]) < 1e-4 for k in a), (a, b)
-    assert (tmp_path / "two.rank1").exists() and not (tmp_path / "one.rank1").exists()
-
-
-def test_an_earlier_accelerator_does_not_decide_the_precision(tmp_path):
-    "accelerate's state is one for the whole process; a tokenizer trained before in bf16 must not leak into float32 training."
-    for name, first in (
-        ("alone", "pass"),
-        ("after", 'import accelerate; accelerate.Accelerator(mixed_precision="bf16")'),
-    ):
-        process = run_script(tmp_path / f"{name}.py", tmp_path / name, first=first)
-        assert process.wait(120) == 0, process.stderr.read()
-    assert numbers(tmp_path / "alone") == numbers(tmp_path / "after")
+def test_an_earlier_accelerator_does_not_decide_the_precision(whole, tmp_path):
+    "accelerate's state is one for the whole process; bf16 before must not leak into float32."
+    first = 'import accelerate; accelerate.Accelerator(mixed_precision="bf16")'
+    process = run_script(tmp_path / "after", first=first)
+    assert process.wait(200) == 0, process.stderr.read()
+    same_run(whole, tmp_path / "after")
 
 
 # the command
@@ -785,86 +783,72 @@ def world(tmp_path_factory):
     return root
 
 
-def command(*options):
-    return subprocess.run(
-        [sys.executable, "-m", "dera.train_ar", *map(str, options)],
+def command(options):
+    "Words of a command line."
+    return [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+
+
+def test_command_trains_and_continues(world, capsys):
+    options = {
+        "preset": "tiny",
+        "tokenizer": world / "tokenizer",
+        "data": world / "videos",
+        "out": world / "run",
+        "steps": 2,
+        "batch-size": 8,
+        "generator.depth": 1,
+        "held-out": 0.1,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "dera.train_ar", *command(options)],
         capture_output=True,
         text=True,
         timeout=300,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )
-
-
-def test_command_trains_and_continues(world):
-    options = [
-        "--preset",
-        "tiny",
-        "--tokenizer",
-        world / "tokenizer",
-        "--data",
-        world / "videos",
-        "--out",
-        world / "run",
-        "--steps",
-        2,
-        "--batch-size",
-        8,
-        "--generator.depth",
-        1,
-        "--held-out",
-        0.1,
-    ]
-    for _ in range(2):
-        done = command(*options)
-        assert done.returncode == 0, done.stderr
-    assert "training the generator" in done.stderr and len(numbers(world / "run")) == 1
+    assert done.returncode == 0 and "training the generator" in done.stderr, done.stderr
+    train_ar.main(command(options))
+    assert "generator saved in" in capsys.readouterr().out and len(numbers(world / "run")) == 1
     settings = json.loads((world / "run" / "config.json").read_text())
     g = Generator.from_pretrained(world / "run" / "generator")
-    assert (
-        settings["generator"]["depth"] == 1
-        and settings["steps"] == 2
-        and g.config.tokenizer == settings["generator"]["tokenizer"] != ""
-    )
+    assert settings["generator"]["depth"] == 1 and settings["steps"] == 2
+    assert g.config.tokenizer == settings["generator"]["tokenizer"] != ""
 
 
-def test_bad_input_is_one_line_and_exit_code_2(world, tmp_path):
-    good = dict(
-        tokenizer=world / "tokenizer", data=world / "videos", out=tmp_path / "run", batch_size=8
-    )
+def test_bad_input_is_one_line_and_exit_code_2(world, tmp_path, capsys):
+    good = {
+        "tokenizer": world / "tokenizer",
+        "data": world / "videos",
+        "out": tmp_path / "run",
+        "batch-size": 8,
+    }
     (tmp_path / "file").write_text("")
     for wrong, word in (
-        (dict(preset="huge"), "preset"),
-        (dict(tokenizer=tmp_path / "none"), "tokenizer"),
-        (dict(data=tmp_path / "none"), "folder"),
-        (dict(batch_size=5000), "batch"),
-        (dict(out=tmp_path / "file" / "run"), "file"),
-        (dict(precision="fp8"), "precision"),
+        ({"preset": "huge"}, "preset"),
+        ({"tokenizer": tmp_path / "none"}, "tokenizer"),
+        ({"data": tmp_path / "none"}, "folder"),
+        ({"batch-size": 5000}, "batch"),
+        ({"out": tmp_path / "file" / "run"}, "file"),
+        ({"precision": "fp8"}, "precision"),
     ):
-        done = command(
-            *itertools.chain(
-                *((f"--{k.replace('_', '-')}", v) for k, v in {**good, **wrong}.items())
-            )
-        )
-        lines = done.stderr.strip().splitlines()
-        assert (
-            done.returncode == 2
-            and lines[-1].startswith("dera: ")
-            and word in lines[-1]
-            and "Traceback" not in done.stderr
-        ), (wrong, done.stderr)
+        with pytest.raises(SystemExit) as caught:
+            train_ar.main(command(good | wrong))
+        said = capsys.readouterr().err
+        last = said.strip().splitlines()[-1]
+        assert caught.value.code == 2 and last.startswith("dera: ") and word in last, (wrong, said)
+        assert "Traceback" not in said
         assert not (tmp_path / "run").exists(), wrong  # refused before anything was written
 
 
-def test_help_explains_every_field():
-    done = command("--help")
-    text = " ".join(done.stdout.split())
-    assert (
-        done.returncode == 0
-        and "usage: dera train-ar" in text
-        and "--fresh" in text
-        and "paper-k600-fp" in text
-    )
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit) as caught:
+        train_ar.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert not caught.value.code
     for words in (
+        "usage: dera train-ar",
+        "--fresh",
+        "paper-k600-fp",
         "folder of a saved tokenizer",
         "optimiser steps",
         "highest learning rate",

@@ -20,10 +20,12 @@ import torch.nn as nn
 
 from dera import train_ar
 from dera.ar import Generator, GeneratorConfig
+from dera.query import QueryTokenizer, TokenizerConfig
 from dera.runtime.checkpoints import checkpoint_path, load_checkpoint, load_model, save_checkpoint
 from dera.runtime.errors import InputError
 from dera.runtime.run_folder import RunFolder
 from dera.runtime.token_files import Layout, written_blocks
+from dera.streams import load_tokenizer
 from dera.train_ar import (
     TIMES,
     ARConfig,
@@ -36,7 +38,11 @@ from dera.train_ar import (
 )
 
 SHAPE = dict(vocab_size=50, num_tokens=20, num_classes=7, dim=32, depth=2, heads=2)
-quiet = lambda it, **_: it
+
+
+def quiet(it, **_):
+    "No progress bar."
+    return it
 
 
 class Codes(nn.Module):
@@ -180,7 +186,8 @@ def test_killed_while_tokenising(whole, tmp_path):
         return written_blocks(path, layout)
 
     slow = child(
-        f"tokenize_dataset(Codes(), Noise(at={{i: (lambda: time.sleep(.15)) for i in range(50)}}), {str(path)!r}, **OPTIONS)"
+        "clips = Noise(at={i: (lambda: time.sleep(.15)) for i in range(50)}); "
+        f"tokenize_dataset(Codes(), clips, {str(path)!r}, **OPTIONS)"
     )
     while not blocks():
         time.sleep(0.05)
@@ -267,16 +274,24 @@ def test_the_description_stays_small_and_codes_fit(tmp_path, monkeypatch):
 
 # ---- several processes
 
-BOTH = 'codes = Codes(); tokenize_dataset(codes, Noise(), out/"tokens.npy", **OPTIONS); (out/("clips" + os.environ.get("RANK", ""))).write_text(str(codes.clips)); train_generator(config(steps=10, dropout=0., class_dropout=0., ema=.9, log_every=1, val_every=5, accumulate={a}), *load_tokens(out/"tokens.npy"), out/"run", quiet, Codes())'
+BOTH = """
+codes = Codes()
+tokenize_dataset(codes, Noise(), out / "tokens.npy", **OPTIONS)
+(out / ("clips" + os.environ.get("RANK", ""))).write_text(str(codes.clips))
+run = config(
+    steps=10, dropout=0.0, class_dropout=0.0, ema=0.9, log_every=1, val_every=5, accumulate={parts}
+)
+train_generator(run, *load_tokens(out / "tokens.npy"), out / "run", quiet, Codes())
+"""
 
 
 def test_two_processes_equal_one(whole, tmp_path):
     "They share the tokenising, to the last bit; and the training, within rounding, over ten steps."
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    exec(BOTH.format(a=2), globals() | dict(out=tmp_path / "one"))
+    exec(BOTH.format(parts=2), globals() | dict(out=tmp_path / "one"))
     pair = child(
-        f"out = Path({str(tmp_path / 'two')!r}); {BOTH.format(a=1)}",
+        f"out = Path({str(tmp_path / 'two')!r})\n{BOTH.format(parts=1)}",
         "-m",
         "torch.distributed.run",
         "--nproc-per-node",
@@ -617,13 +632,15 @@ def test_presets_have_the_papers_numbers():
     )
 
 
-def test_the_shipped_generator_loads_and_belongs_to_the_shipped_tokenizer():
-    from dera.streams import DeRATokenizer
-
-    g = load_model(Generator, checkpoint_path("pocket-generator-tiny"))
-    assert g.config.tokenizer == fingerprint(
-        load_model(DeRATokenizer, checkpoint_path("pocket-tokenizer-tiny"))
-    )
+@pytest.mark.parametrize("name", ["pocket-generator-tiny", "pocket-predictor-tiny"])
+def test_a_shipped_generator_belongs_to_a_shipped_tokenizer(name):
+    g = load_model(Generator, checkpoint_path(name))
+    folders = sorted(checkpoint_path("pocket-tokenizer-tiny").parent.glob("pocket-tokenizer-*"))
+    tokenizers = {fingerprint(tokenizer): tokenizer for tokenizer in map(load_tokenizer, folders)}
+    assert g.config.tokenizer in tokenizers, f"train {name} again, on tokens of {folders}"
+    tokenizer = tokenizers[g.config.tokenizer]
+    shape = tokenizer.num_codes, tokenizer.config.codebook_size
+    assert (g.config.num_tokens, g.config.vocab_size) == shape
 
 
 # ---- from videos
@@ -633,7 +650,6 @@ def test_the_shipped_generator_loads_and_belongs_to_the_shipped_tokenizer():
 def world(tmp_path_factory):
     "Videos with and without a split, and two untrained tokenizers."
     from dera.pocket import render, sample_factors, write_dataset, write_video
-    from dera.query import QueryTokenizer, TokenizerConfig
     from dera.streams import DeRATokenizer
 
     root = tmp_path_factory.mktemp("world")
@@ -661,6 +677,7 @@ def from_videos(world, out, *sources, **changes):
 
 def test_sources_splits_and_what_lies_beside_the_generator(world, tmp_path):
     plain, videos = f"folder={world / 'plain'}", f"ucf101={world / 'videos'}"
+    codes = TokenizerConfig.preset("tiny").num_codes
     for name, sources, changes, clips, classes in (
         ("ucf", [videos], dict(held_out_clips=3, sampling="native", windows=2), 24, 112),
         ("plain", [plain], {}, 12, 2),
@@ -678,7 +695,7 @@ def test_sources_splits_and_what_lies_beside_the_generator(world, tmp_path):
         assert tokens.shape == (
             clips,
             c.windows * 2,
-            128 if c.condition_frames else 64,
+            2 * codes if c.condition_frames else codes,
         ) and g.config.num_classes == classes == len(about["classes"])
         assert (
             about["condition_frames"] == c.condition_frames
@@ -686,11 +703,11 @@ def test_sources_splits_and_what_lies_beside_the_generator(world, tmp_path):
             and (tmp_path / name / "samples" / "step-0000001.png").exists()
         )
         assert (
-            g.config.prefix_tokens == (64 if c.condition_frames else 0)
+            g.config.prefix_tokens == (codes if c.condition_frames else 0)
             and "val_loss" in numbers(tmp_path / name)[-1]
         )
     held, _ = load_tokens(tmp_path / "ucf" / "held.npy")
-    assert held.shape == (3, 1, 64) and not (tmp_path / "plain" / "held.npy").exists()
+    assert held.shape == (3, 1, codes) and not (tmp_path / "plain" / "held.npy").exists()
     with pytest.raises(InputError) as e:
         train_from_videos(
             from_videos(
@@ -711,12 +728,13 @@ def test_sources_splits_and_what_lies_beside_the_generator(world, tmp_path):
 def test_a_decoding_process_that_is_killed(whole, tmp_path):
     path, codes = tmp_path / "tokens.npy", Codes()
     shot = child(
-        f"tokenize_dataset(Codes(), Noise(at={{30: lambda: os.kill(os.getpid(), signal.SIGKILL)}}), {str(path)!r}, workers=1, **OPTIONS)"
+        "clips = Noise(at={30: lambda: os.kill(os.getpid(), signal.SIGKILL)}); "
+        f"tokenize_dataset(Codes(), clips, {str(path)!r}, workers=1, **OPTIONS)"
     )
     said = shot.communicate(timeout=100)[1]
     assert (
         shot.returncode == 1
-        and "\ndera.utils.InputError: a process that decodes was killed" in said
+        and "InputError: a process that decodes was killed" in said
         and "goes on" in said
     ), said
     tokenize_dataset(codes, Noise(), path, **OPTIONS)

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.state import is_initialized
 
 from .devices import use_bf16
 from .errors import InputError
@@ -86,9 +87,10 @@ def start_processes(
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
-        mixed_precision="no",  # the steps say themselves what is computed in half precision
+        # what an earlier accelerator of this process was given cannot be changed
+        mixed_precision=None if is_initialized() else "no",
         log_with=tracker or None,
         project_dir=str(folder),
         kwargs_handlers=[
@@ -97,6 +99,8 @@ def start_processes(
             DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
         ],
     )
+    accelerator.native_amp = False  # the steps say themselves what is computed in half precision
+    return accelerator
 
 
 def shorten_timeout(
