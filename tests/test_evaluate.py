@@ -376,7 +376,8 @@ def test_evaluate_generator(world, shipped, drawing, tmp_path, monkeypatch):
     again = evaluate_generator(drawing, shipped, world, tmp_path / "a", protocol, guidance=1.5)
     assert again["values"] == result["values"]
     other = copy.deepcopy(drawing)
-    for name, codes in (("another", 512), ("", 500)):  # one that names none must fit in size
+    size = shipped.config.codebook_size
+    for name, codes in (("another", size), ("", size - 12)):  # one that names none must fit in size
         other.config.tokenizer, other.config.vocab_size = name, codes
         with pytest.raises(InputError, match="another tokenizer"):
             evaluate_generator(other, shipped, world, tmp_path / "b", protocol)
