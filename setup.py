@@ -9,8 +9,19 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-lines = lambda key: [l for l in cfg[key].splitlines() if l.strip()]
-read = lambda name: (here / name).read_text(encoding="utf-8") if (here / name).exists() else ""
+
+
+def lines(key):
+    "The lines of a setting that are not empty."
+    return [line for line in cfg[key].splitlines() if line.strip()]
+
+
+def read(name):
+    "A file's text; empty where it is missing."
+    path = here / name
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
 shipped = [
     p.relative_to(here / "data")
     for p in sorted((here / "data" / "checkpoints").glob("**"))

@@ -1086,6 +1086,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'dera.tools.bench._reader': ('tools/bench.html#_reader', 'dera/tools/bench.py'),
                                   'dera.tools.bench._reset_peak': ('tools/bench.html#_reset_peak', 'dera/tools/bench.py'),
                                   'dera.tools.bench._result': ('tools/bench.html#_result', 'dera/tools/bench.py'),
+                                  'dera.tools.bench._shown': ('tools/bench.html#_shown', 'dera/tools/bench.py'),
                                   'dera.tools.bench._steps': ('tools/bench.html#_steps', 'dera/tools/bench.py'),
                                   'dera.tools.bench._train_config': ('tools/bench.html#_train_config', 'dera/tools/bench.py'),
                                   'dera.tools.bench._train_rows': ('tools/bench.html#_train_rows', 'dera/tools/bench.py'),

@@ -348,7 +348,8 @@ def decoupling_verdict(
 ) -> Verdict:
     "Whether a tokenizer's streams are decoupled, by the rule that stands in the lesson."
     sentences = []
-    right, wrong, legible = True, False, True
+    right = legible = True
+    wrong = False
     for kind, giver, other in (("appearance", "A", "B"), ("motion", "B", "A")):
         swapped = followed(runs, "swapped", kind)
         reachable = followed(runs, "truth_through_tokens", kind)

@@ -7,12 +7,12 @@ __all__ = ['InputError', 'RunFolder', 'animation', 'autocast', 'checkpoint_path'
            'load_model', 'save_checkpoint', 'seed_everything', 'show', 'use_bf16', 'write_atomic']
 
 # %% ../nbs/runtime/utils.ipynb #imports
-from .runtime.checkpoints import checkpoint_path, load_checkpoint, load_model, save_checkpoint
-from .runtime.devices import autocast, use_bf16
-from .runtime.errors import InputError
-from .runtime.pictures import animation, grid_frames, show
-from .runtime.run_folder import RunFolder, environment, write_atomic
-from .runtime.seeds import seed_everything
+from .runtime.checkpoints import checkpoint_path, load_checkpoint, load_model, save_checkpoint  # noqa: F401
+from .runtime.devices import autocast, use_bf16  # noqa: F401
+from .runtime.errors import InputError  # noqa: F401
+from .runtime.pictures import animation, grid_frames, show  # noqa: F401
+from .runtime.run_folder import RunFolder, environment, write_atomic  # noqa: F401
+from .runtime.seeds import seed_everything  # noqa: F401
 
 # %% ../nbs/runtime/utils.ipynb #all
 _all_ = [

@@ -2,6 +2,7 @@
 protocol runs over two pipes. `python tests/browser.py PAGE` prints the findings and exits 1 if there are any."""
 
 import base64
+import contextlib
 import json
 import os
 import select
@@ -25,7 +26,9 @@ FLAGS = [
     "--hide-scrollbars",
     "--remote-debugging-pipe",
 ]
-PICTURES = """[...document.images].map(i => ({src: i.src.slice(0, 80), alt: i.alt, done: i.complete, width: i.naturalWidth}))"""
+PICTURES = """[...document.images].map(i => ({
+    src: i.src.slice(0, 80), alt: i.alt, done: i.complete, width: i.naturalWidth
+}))"""
 
 
 def find_browser():
@@ -85,10 +88,8 @@ class Browser:
     def __exit__(self, *_):
         os.close(self.writer)
         os.close(self.reader)
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
         shutil.rmtree(self.profile, ignore_errors=True)
 
@@ -169,10 +170,13 @@ def _complaint(event):
         return " ".join(str(a.get("value", a.get("description", ""))) for a in p["args"])
     if kind == "Log.entryAdded" and p["entry"]["level"] == "error":
         return f"{p['entry']['text']} {p['entry'].get('url', '')[:120]}".strip()
+    return None
 
 
 def check_page(path, timeout=60, width=1280, height=900, dark=False, screenshot=None):
-    """Open a file or address, wait for every picture, listen for errors. Returns dict(images: how many, broken: their src,
+    """Open a file or address, wait for every picture, listen for errors.
+
+    Returns dict(images: how many, broken: their src,
     errors: console errors and uncaught exceptions, outside: addresses asked for outside the page's folder,
     overflow: pixels by which the page is wider than the window). `screenshot` writes the whole page as a PNG."""
     url = (
@@ -197,7 +201,10 @@ def check_page(path, timeout=60, width=1280, height=900, dark=False, screenshot=
                 clip=dict(x=0, y=0, width=width, height=tall, scale=1),
             )
             Path(screenshot).write_bytes(base64.b64decode(shot["data"]))
-        heard = lambda method: [e["params"] for e in browser.events if e.get("method") == method]
+
+        def heard(method):
+            return [e["params"] for e in browser.events if e.get("method") == method]
+
         refused = {
             p["requestId"]
             for p in heard("Network.loadingFailed")

@@ -69,6 +69,7 @@ def write(root):
         )
         if done.returncode:
             return f"{step[-1]} failed:\n{done.stdout}{done.stderr}"
+    return None
 
 
 def check(root):

@@ -1,4 +1,6 @@
-"""README.md from nbs/index.ipynb: outputs without their code, figures in nbs/index_files/, links made relative to the root.
+"""README.md from nbs/index.ipynb: outputs without their code, figures in nbs/index_files/.
+
+Links are made relative to the root.
 Run as `python tests/render_readme.py` (or `make export`); nbconvert is all it needs."""
 
 import re

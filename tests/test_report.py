@@ -1,10 +1,9 @@
-"The report opens in a real browser with every picture loaded and a silent console; and the check that says so can fail."
+"The report opens in a real browser, pictures loaded, console silent; and the check can fail."
 
 import math
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import browser
 import pytest
@@ -14,7 +13,18 @@ from dera.pocket import render, sample_factors
 from dera.runtime.errors import InputError
 from dera.runtime.pictures import animation
 from dera.tools import report
-from dera.tools.report import *
+from dera.tools.report import (
+    clip_grid,
+    curves,
+    note,
+    page,
+    picture,
+    settings,
+    swap_grid,
+    table,
+    tiles,
+    write_report,
+)
 
 needs_browser = pytest.mark.skipif(
     browser.find_browser() is None,
@@ -110,7 +120,9 @@ def test_page_follows_the_bright_or_dark_screen(built):
                 for k in ("backgroundColor", "color")
             ]
 
-    brightness = lambda rgb: sum(map(int, re.findall(r"\d+", rgb)[:3]))
+    def brightness(rgb):
+        return sum(map(int, re.findall(r"\d+", rgb)[:3]))
+
     (page, ink), (dark_page, dark_ink) = colours(False), colours(True)
     assert (
         brightness(page) > 700
@@ -232,9 +244,11 @@ def test_report_itself_refuses_scripts_and_the_outside(tmp_path, html):
 
 @needs_browser
 def test_check_as_a_command(tmp_path, built):
-    run = lambda page: subprocess.run(
-        [sys.executable, browser.__file__, str(page)], capture_output=True, text=True
-    )
+    def run(page):
+        return subprocess.run(
+            [sys.executable, browser.__file__, str(page)], capture_output=True, text=True
+        )
+
     assert run(built).returncode == 0
     failed = run(broken_page(tmp_path, '<script>console.error("no")</script>'))
     assert failed.returncode == 1 and '"no"' in failed.stdout

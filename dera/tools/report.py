@@ -25,7 +25,11 @@ def _img(png, alt):
     width, height = (int.from_bytes(png[i : i + 4], "big") for i in (16, 20))  # of the PNG header
     if png[:8] != b"\x89PNG\r\n\x1a\n":
         raise InputError(f'the picture "{alt}" is not a PNG')
-    return f'<img width="{width}" height="{height}" alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    encoded = base64.b64encode(png).decode()
+    return (
+        f'<img width="{width}" height="{height}" alt="{escape(alt)}" '
+        f'src="data:image/png;base64,{encoded}">'
+    )
 
 
 def picture(
@@ -115,12 +119,16 @@ def clip_grid(
         )
     png = animation(videos, columns=len(columns), zoom=zoom, fps=fps)
     width = int.from_bytes(png[16:20], "big")
-    names = lambda words: "".join(
-        f"<span>{re.sub('(?<=[a-z])(?=[A-Z])', '<wbr>', escape(w))}</span>" for w in words
-    )
+
+    def names(words):
+        broken = [re.sub("(?<=[a-z])(?=[A-Z])", "<wbr>", escape(word)) for word in words]
+        return "".join(f"<span>{word}</span>" for word in broken)
+
+    style = f"--w:{width}px;--rows:{len(rows)};--columns:{len(columns)}"
     return (
-        f'<figure class="clips"><div class="sheet" style="--w:{width}px;--rows:{len(rows)};--columns:{len(columns)}">'
-        f'<div class="across">{names(columns)}</div><div class="down">{names(rows)}</div><div class="moving">{_img(png, alt)}{over}</div></div>'
+        f'<figure class="clips"><div class="sheet" style="{style}">'
+        f'<div class="across">{names(columns)}</div><div class="down">{names(rows)}</div>'
+        f'<div class="moving">{_img(png, alt)}{over}</div></div>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
@@ -138,14 +146,21 @@ def swap_grid(
     r, c = len(appearance), len(motion)
     if len(swapped) != r * c or len(rows) != r or len(columns) != c:
         raise InputError(
-            f"{r} appearances ({len(rows)} names) and {c} motions ({len(columns)} names) need {r * c} swapped clips, not {len(swapped)}"
+            f"{r} appearances ({len(rows)} names) and {c} motions ({len(columns)} names) "
+            f"need {r * c} swapped clips, not {len(swapped)}"
         )
     body = torch.cat(
         [torch.cat([a[None], swapped[i * c : (i + 1) * c]]) for i, a in enumerate(appearance)]
     )
     sheet = torch.cat([torch.ones_like(motion[:1]), motion, body])
-    over = '<div class="corner"><span>motion &rarr;</span><span>appearance &darr;</span></div><div class="inside"></div>'
-    alt = f"{r} x {c} clips: each row keeps the appearance of the clip at its left, each column the motion of the clip above"
+    over = (
+        '<div class="corner"><span>motion &rarr;</span><span>appearance &darr;</span></div>'
+        '<div class="inside"></div>'
+    )
+    alt = (
+        f"{r} x {c} clips: each row keeps the appearance of the clip at its left, "
+        "each column the motion of the clip above"
+    )
     return clip_grid(sheet, ["", *rows], ["", *columns], caption, alt, zoom, over=over)
 
 # %% ../../nbs/tools/report.ipynb #cell
@@ -190,7 +205,8 @@ def table(
         for first, *rest in texts
     )
     return (
-        f'<figure><div class="wide"><table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<figure><div class="wide"><table><caption>{escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         + (f'<p class="from">{escape(origin)}</p>' if origin else "")
         + "</figure>"
     )
@@ -241,23 +257,32 @@ def note(
 
 # %% ../../nbs/tools/report.ipynb #style
 _STYLE = """
-:root{color-scheme:light dark;--page:#fbfaf7;--ink:#1c2025;--soft:#5d656f;--line:#dfdcd4;--card:#fff;--accent:#b4471f;
---serif:Charter,"Bitstream Charter","Iowan Old Style",Palatino,Georgia,serif;--mono:ui-monospace,"SF Mono",Menlo,Consolas,monospace}
-@media(prefers-color-scheme:dark){:root{--page:#14171b;--ink:#e7e4de;--soft:#9ba3ad;--line:#2e333a;--card:#1b1f25;--accent:#f0905f}}
+:root{color-scheme:light dark;--page:#fbfaf7;--ink:#1c2025;--soft:#5d656f;--line:#dfdcd4;
+--card:#fff;--accent:#b4471f;
+--serif:Charter,"Bitstream Charter","Iowan Old Style",Palatino,Georgia,serif;
+--mono:ui-monospace,"SF Mono",Menlo,Consolas,monospace}
+@media(prefers-color-scheme:dark){:root{--page:#14171b;--ink:#e7e4de;--soft:#9ba3ad;--line:#2e333a;
+--card:#1b1f25;--accent:#f0905f}}
 *{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:1rem/1.6 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;-webkit-text-size-adjust:100%}
+body{margin:0;background:var(--page);color:var(--ink);
+font:1rem/1.6 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;-webkit-text-size-adjust:100%}
 header,main{max-width:76rem;margin:0 auto;padding:0 clamp(1rem,4vw,3rem)}
 header{padding-top:clamp(2.5rem,7vw,5rem);padding-bottom:2.2rem}
-h1{font:600 clamp(2.1rem,5.2vw,3.4rem)/1.08 var(--serif);letter-spacing:-.015em;margin:0 0 1.1rem;max-width:20ch;text-wrap:balance}
-.lead{font-size:clamp(1.05rem,1.6vw,1.25rem);line-height:1.5;color:var(--soft);max-width:46rem}.lead p{margin:0 0 .6rem}
+h1{font:600 clamp(2.1rem,5.2vw,3.4rem)/1.08 var(--serif);letter-spacing:-.015em;margin:0 0 1.1rem;
+max-width:20ch;text-wrap:balance}
+.lead{font-size:clamp(1.05rem,1.6vw,1.25rem);line-height:1.5;color:var(--soft);max-width:46rem}
+.lead p{margin:0 0 .6rem}
 nav{display:flex;flex-wrap:wrap;gap:.3rem 1.4rem;margin-top:1.6rem;font-size:.9rem}
 a{color:var(--accent);text-decoration:none}a:hover{text-decoration:underline}
-section{display:grid;grid-template-columns:11rem minmax(0,1fr);gap:0 3rem;padding:2.4rem 0 1rem;border-top:1px solid var(--line)}
-h2{font:600 1.25rem/1.25 var(--serif);margin:0 0 1.2rem;position:sticky;top:1.5rem;align-self:start;text-wrap:balance}
+section{display:grid;grid-template-columns:11rem minmax(0,1fr);gap:0 3rem;padding:2.4rem 0 1rem;
+border-top:1px solid var(--line)}
+h2{font:600 1.25rem/1.25 var(--serif);margin:0 0 1.2rem;position:sticky;top:1.5rem;align-self:start;
+text-wrap:balance}
 p{margin:0 0 1.1rem;max-width:44rem}code{font:.9em var(--mono)}
 figure{margin:0 0 2.2rem}img{display:block;max-width:100%;height:auto}
 figcaption{margin-top:.7rem;max-width:44rem;font-size:.9rem;line-height:1.5;color:var(--soft)}
-@media(max-width:52rem){section{grid-template-columns:minmax(0,1fr);padding-top:1.8rem}h2{position:static}}
+@media(max-width:52rem){section{grid-template-columns:minmax(0,1fr);padding-top:1.8rem}h2{
+position:static}}
 @media print{body{background:#fff}section{break-inside:avoid}nav{display:none}}
 """
 
@@ -265,27 +290,41 @@ figcaption{margin-top:.7rem;max-width:44rem;font-size:.9rem;line-height:1.5;colo
 _STYLE += """
 .sheet{display:grid;grid-template-columns:max-content minmax(0,var(--w));gap:.4rem .8rem}
 .across,.down{display:grid;font-size:.76rem;line-height:1.25;color:var(--soft)}
-.across{grid-column:2;grid-template-columns:repeat(var(--columns),minmax(0,1fr));align-items:end;text-align:center}
+.across{grid-column:2;grid-template-columns:repeat(var(--columns),minmax(0,1fr));align-items:end;
+text-align:center}
 .across span{padding:0 .1rem}
-.down{grid-template-rows:repeat(var(--rows),1fr);align-items:center;text-align:right;max-width:6.5rem}
+.down{grid-template-rows:repeat(var(--rows),1fr);align-items:center;text-align:right;
+max-width:6.5rem}
 .moving{position:relative}.moving img{width:100%}
 .corner,.inside{position:absolute;width:calc(100%/var(--columns));height:calc(100%/var(--rows))}
-.corner{left:0;top:0;padding:.3rem;background:var(--page);display:flex;flex-direction:column;justify-content:space-between;align-items:end;
-font-size:.72rem;line-height:1.2;color:var(--soft);white-space:nowrap}.corner span:last-child{align-self:start}
-.inside{right:0;bottom:0;width:calc(100% - 100%/var(--columns));height:calc(100% - 100%/var(--rows));outline:2px solid var(--accent)}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.94rem;font-variant-numeric:tabular-nums}
+.corner{left:0;top:0;padding:.3rem;background:var(--page);display:flex;flex-direction:column;
+justify-content:space-between;align-items:end;
+font-size:.72rem;line-height:1.2;color:var(--soft);white-space:nowrap}.corner span:last-child{
+align-self:start}
+.inside{right:0;bottom:0;width:calc(100% - 100%/var(--columns));
+height:calc(100% - 100%/var(--rows));outline:2px solid var(--accent)}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.94rem;
+font-variant-numeric:tabular-nums}
 caption,.caption{text-align:left;font-weight:600;margin:0;padding-bottom:.5rem}
-th,td{padding:.42rem 1.8rem .42rem 0;text-align:left;font-weight:400;border-bottom:1px solid var(--line)}
-thead th{font-size:.8rem;color:var(--soft);vertical-align:bottom;border-bottom-color:var(--soft)}.n{text-align:right}
+th,td{padding:.42rem 1.8rem .42rem 0;text-align:left;font-weight:400;
+border-bottom:1px solid var(--line)}
+thead th{font-size:.8rem;color:var(--soft);vertical-align:bottom;border-bottom-color:var(--soft)}.n{
+text-align:right}
 .from{margin:.7rem 0 0;max-width:none;font:.76rem/1.5 var(--mono);color:var(--soft)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(10.5rem,42%),1fr));gap:1.6rem 2rem;margin-bottom:2rem}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(10.5rem,42%),1fr));
+gap:1.6rem 2rem;margin-bottom:2rem}
 .tiles div{border-top:3px solid var(--accent);padding-top:.7rem;display:flex;flex-direction:column}
-.tiles strong{font:600 2.1rem/1.1 var(--serif);font-variant-numeric:lining-nums;white-space:nowrap}.tiles span{margin-top:.3rem}.tiles small{color:var(--soft)}
-.settings{margin:0;columns:15rem 3;column-gap:2.4rem;font-size:.82rem}.settings div{display:flex;justify-content:space-between;gap:1rem;
-padding:.18rem 0;border-bottom:1px solid var(--line);break-inside:avoid}dt{color:var(--soft)}dd{margin:0;font-family:var(--mono);text-align:right;overflow-wrap:anywhere}
+.tiles strong{font:600 2.1rem/1.1 var(--serif);font-variant-numeric:lining-nums;white-space:nowrap}
+.tiles span{margin-top:.3rem}.tiles small{color:var(--soft)}
+.settings{margin:0;columns:15rem 3;column-gap:2.4rem;font-size:.82rem}.settings div{display:flex;
+justify-content:space-between;gap:1rem;
+padding:.18rem 0;border-bottom:1px solid var(--line);break-inside:avoid}dt{color:var(--soft)}dd{
+margin:0;font-family:var(--mono);text-align:right;overflow-wrap:anywhere}
 @media(min-width:60rem){.clips img{image-rendering:pixelated}}
-@media(max-width:52rem){.sheet{gap:.3rem .5rem;overflow-x:auto;padding-bottom:.5rem;grid-template-columns:max-content minmax(min(var(--w),calc(var(--columns)*4.2rem)),var(--w))}
-.down{position:sticky;left:0;z-index:1;padding-right:.4rem;background:var(--page)}.down,.across{font-size:.68rem}.corner{font-size:.62rem}}
+@media(max-width:52rem){.sheet{gap:.3rem .5rem;overflow-x:auto;padding-bottom:.5rem;
+grid-template-columns:max-content minmax(min(var(--w),calc(var(--columns)*4.2rem)),var(--w))}
+.down{position:sticky;left:0;z-index:1;padding-right:.4rem;background:var(--page)}.down,.across{
+font-size:.68rem}.corner{font-size:.62rem}}
 """
 
 # %% ../../nbs/tools/report.ipynb #page
@@ -298,18 +337,20 @@ def page(
     sections: list[tuple],  # (heading, HTML or a list of HTML)
 ) -> str:  # a complete HTML document
     "A self-contained page."
-    link = lambda i, heading: f'<a href="#part-{i}">{escape(heading)}</a>'
-    part = lambda i, heading, html: (
-        f'<section id="part-{i}"><h2>{escape(heading)}</h2>'
-        f"<div>{html if isinstance(html, str) else ''.join(html)}</div></section>"
-    )
+    links, parts = [], []
+    for i, (heading, html) in enumerate(sections, 1):
+        links.append(f'<a href="#part-{i}">{escape(heading)}</a>')
+        inner = html if isinstance(html, str) else "".join(html)
+        head = f'<section id="part-{i}"><h2>{escape(heading)}</h2>'
+        parts.append(f"{head}<div>{inner}</div></section>")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width,initial-scale=1"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         f'<link rel="icon" href="data:,"><style>{_STYLE}</style></head><body>'
         f'<header><h1>{escape(title)}</h1><div class="lead">{note(lead)}</div>'
-        f"<nav>{''.join(link(i, h) for i, (h, _) in enumerate(sections, 1))}</nav></header>"
-        f"<main>{''.join(part(i, *s) for i, s in enumerate(sections, 1))}</main></body></html>\n"
+        f"<nav>{''.join(links)}</nav></header>"
+        f"<main>{''.join(parts)}</main></body></html>\n"
     )
 
 # %% ../../nbs/tools/report.ipynb #write
