@@ -309,7 +309,7 @@ def test_two_processes_equal_one(whole, tmp_path):
     )
     assert (tmp_path / "one" / "clips").read_text() == "201" and sorted(
         int((tmp_path / "two" / f"clips{r}").read_text()) for r in (0, 1)
-    ) == [96, 105]  # 7 batches of 8, the last of 2; 4 and 3 of each window
+    ) == [97, 105]  # 7 batches of 8, the last of 2; 4 and 3 of each window; and one each
     one, two = (numbers(tmp_path / k / "run") for k in ("one", "two"))
     assert len(one) == len(two) == 10 and "val_loss" in one[4]
     for a, b in zip(one, two):
@@ -719,7 +719,7 @@ def test_sources_splits_and_what_lies_beside_the_generator(world, tmp_path):
     with pytest.raises(InputError) as f:
         train_from_videos(other, quiet)
     one_line(f, "tokens of tokenizer", "choose another --out")
-    one_line(e, "windows (2 then, 3 now)")
+    one_line(e, "windows 2 then, 3 now")
     assert (
         load_tokens(tmp_path / "ucf" / "tokens.npy")[0].shape[1] == 4
     )  # refused before anything was written

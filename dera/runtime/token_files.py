@@ -15,6 +15,7 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import NamedTuple
 
 import numpy as np
@@ -70,7 +71,7 @@ def described(
         raise InputError(f"{path} was written by another version of dera; {advice}")
     try:
         open_tokens(path)
-    except (ValueError, OSError, EOFError):
+    except (ValueError, OSError, EOFError, SyntaxError, TokenError):  # NumPy parses a header
         raise InputError(f"{path} is cut short or damaged; {advice}") from None
     return about
 
