@@ -42,7 +42,7 @@ def test_numbers_are_sane(run):
     assert (
         m["psnr_first_frame"] < m["psnr_temporal_mean"] < m["psnr"]
     )  # the shipped tokenizer, hardly trained on
-    assert m["psnr"] > m["psnr_without_motion"] + 2 and m["psnr"] > m["psnr_without_appearance"] + 2
+    assert m["psnr"] > m["psnr_without_motion"] + 2 and m["psnr"] > m["psnr_without_appearance"] + 1
     assert m["code_usage"] >= 0.5 and 0 < m["ssim"] < 1
     assert not any("fvd" in k.lower() for k in m) and any(
         k.startswith("frechet[pocket-video]") for k in m

@@ -3,7 +3,6 @@ A check takes a notebook's name and content and returns its complaints, one line
 
 import ast
 import base64
-import os
 import re
 import shutil
 import subprocess
@@ -31,7 +30,7 @@ MODULES = {
     for p in sorted((ROOT / "dera").rglob("*.py"))
     if p.name not in ("__init__.py", "_modidx.py")
 }
-LAZY = {"decord", "av", "IPython"}  # may be imported inside functions, never at the top
+LAZY = {"decord", "av", "IPython", "gradio"}  # may be imported inside functions, never at the top
 IMPORT_NAMES = dict(pillow="PIL")
 
 
@@ -169,14 +168,6 @@ def check_leftovers(name, nb):
             yield f"cell {c['id']!r} has an empty output"
 
 
-def check_imports(name, nb):
-    for c in filter(exported, code_cells(nb)):
-        body = parse(c["source"])
-        imports = [n for n in body if isinstance(n, (ast.Import, ast.ImportFrom))]
-        if imports and len(imports) < len(body):
-            yield f"exported cell {c['id']!r} mixes imports with other code"
-
-
 def check_links(name, nb):
     folder = NBS / Path(name).parent
     for c in nb["cells"]:
@@ -288,7 +279,6 @@ BREAKS = [
         ),
     ),
     (check_links, _source(4, "## Exercises\n\n[gone](nowhere.ipynb)")),
-    (check_imports, _source(2, "#| hide\n#|export\nimport os\nx = 1")),
 ]
 
 
@@ -336,7 +326,7 @@ def import_faults(source):
     tree = ast.parse(source)
     allowed = (
         {import_name(r) for r in requirements("requirements")}
-        | {"dera", "IPython"}
+        | {"dera", "IPython", "gradio"}
         | set(sys.stdlib_module_names)
     )
     return sorted(set(imports(tree)) - allowed | set(imports(tree, top=True)) & LAZY)
@@ -523,8 +513,6 @@ def test_shipped_checkpoints_are_small_and_safe():
 def test_style_is_within_its_limits():
     counts, found = style_counts.count_package(style_counts.modules())
     worse = style_counts.complaints(counts)
-    if worse and not os.environ.get("DERA_STYLE_STRICT"):
-        pytest.skip("; ".join(worse))
     assert not worse, f"{worse} {found}"
 
 
@@ -567,9 +555,11 @@ def test_readme_shows_no_directives_and_its_links_lead_somewhere():
 
 def test_readme_lists_every_notebook():
     text = (ROOT / "README.md").read_text()
-    assert not [n for n in NOTEBOOKS if n != "index" and f"nbs/{n}.ipynb" not in text], (
-        "run index.ipynb again and `make export`"
-    )
+    assert not [
+        n
+        for n in NOTEBOOKS
+        if n != "index" and not n.startswith("solutions/") and f"nbs/{n}.ipynb" not in text
+    ], "run index.ipynb again and `make export`"
 
 
 def test_rendering_rewrites_links_and_drops_code(tmp_path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILES', 'POINTER', 'CARD', 'check_folder', 'refuse_pointer', 'model_file', 'is_here', 'tensor_names', 'read_header',
-           'refuse_other_settings', 'HubModel', 'first_line']
+           'refuse_other_settings', 'sort_header', 'HubModel', 'first_line']
 
 # %% ../../nbs/runtime/hub.ipynb #imports
 import contextlib
@@ -151,6 +151,19 @@ What it was trained on, how good it is and under which licence others may use it
 Whoever passes it on should say so here.
 """
 
+# %% ../../nbs/runtime/hub.ipynb #sort-header
+def sort_header(
+    file: Path,  # a .safetensors file; written again
+):
+    "Put the texts of a header in order, so that equal models are equal files."
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    padded = text.ljust(length) if len(text) <= length else text.ljust(-(-len(text) // 8) * 8)
+    file.write_bytes(len(padded).to_bytes(8, "little") + padded + content[8 + length :])
+
 # %% ../../nbs/runtime/hub.ipynb #hub-model
 class HubModel(
     PyTorchModelHubMixin,
@@ -172,7 +185,9 @@ class HubModel(
         header = dict(format="pt", config=json.dumps(self.settings()))
         if self.class_names is not None:
             header["class_names"] = json.dumps(list(self.class_names))
-        save_model(self, str(save_directory / "model.safetensors"), metadata=header)
+        file = save_directory / "model.safetensors"
+        save_model(self, str(file), metadata=header)
+        sort_header(file)
 
     def generate_model_card(self, *args, **kwargs):
         "The card that `save_pretrained` and `push_to_hub` write."

@@ -54,7 +54,8 @@ def _commit(folder):
 
 def environment() -> dict:
     "What a number was measured with: library versions, device, commit."
-    here = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
+    # the package's folder; a notebook stands in nbs/runtime
+    here = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.cwd().parent
     device = (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()

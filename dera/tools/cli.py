@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BENCHES', 'COMMANDS', 'Reconstruct', 'run_reconstruct', 'Tokenize', 'run_tokenize', 'Evaluate', 'run_evaluate',
            'Audit', 'run_audit', 'Prepare', 'run_prepare', 'Weights', 'run_weights', 'TrainTeachers',
-           'run_train_teachers', 'Reproduce', 'run_reproduce', 'Command', 'completion', 'main']
+           'run_train_teachers', 'Reproduce', 'run_reproduce', 'Play', 'run_play', 'Command', 'completion', 'main']
 
 # %% ../../nbs/tools/cli.ipynb #imports
 import json
@@ -273,6 +273,19 @@ def run_reproduce(
 
     print(reproduce(**vars(options)))
 
+
+@dataclass
+class Play:
+    tokenizer: str = ""  # folder of a tokenizer; default: the shipped one
+    generator: str = ""  # folder of its generator; default: the shipped one
+    port: int = 7860  # on this machine's loopback address
+
+
+def run_play(options):
+    from dera.tools.play import play
+
+    play(**vars(options))
+
 # %% ../../nbs/tools/cli.ipynb #late
 def _demo(args):
     from dera.tools.demo import Demo, print_metrics, run_demo
@@ -298,16 +311,6 @@ def _generate(args):
     from dera.tools.sampling import Generate, generate
 
     generate(parse_options(Generate, args, "generate", _described("generate")))
-
-
-def _play(args):
-    try:
-        from dera.tools import play
-    except ModuleNotFoundError as error:
-        if error.name and error.name.startswith("dera"):
-            raise InputError("dera play is not part of this version") from None
-        raise InputError('dera play needs gradio: pip install "dera[play]"') from None
-    return play.command(args)
 
 
 BENCHES = "render", "data", "tokenizers", "generate", "train"
@@ -384,7 +387,7 @@ COMMANDS = {
         "train the pocket teachers", "dera train-teachers", TrainTeachers, run_train_teachers, True
     ),
     "bench": Command("speed and memory of a part", "dera bench render", None, _bench),
-    "play": Command("swap, edit and generate in a browser", "dera play", None, _play),
+    "play": Command("swap, edit and generate in a browser", "dera play", Play, run_play),
     "completion": Command(
         "a script that completes commands in a shell",
         "source <(dera completion bash)", None, _completion,

@@ -727,7 +727,15 @@ def run_evaluation(
         if guidance is not None:
             settings["guidance"] = guidance
         return evidence_table(
-            evidence(model.to(device), writer, out, fresh=fresh, progress=progress, **settings)
+            evidence(
+                tokenizer or checkpoint_path("pocket-tokenizer-tiny"),
+                generator or None,
+                out,
+                device=device,
+                fresh=fresh,
+                progress=progress,
+                **settings,
+            )
         )
 
     if not data:

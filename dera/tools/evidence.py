@@ -265,6 +265,7 @@ def evidence(
     num_nearest: int = 16,  # generated clips whose nearest training clip is looked for; 0: none
     batch_size: int = 50,  # clips at once; changes no number
     precision: str = "float32",  # of the models; or `tf32`, `bf16`
+    device: str | torch.device | None = None,  # where models given by their folder compute
     fresh: bool = False,  # delete what an evaluation left in the folder
     progress=lambda iterable, **_: iterable,  # a tqdm-like wrapper
 ) -> dict:  # protocol, preset, seed, steps, environment, reconstruction, generation
@@ -275,6 +276,8 @@ def evidence(
         )
     folder = None if out is None else _own_folder(out, fresh)
     tokenizer, tokenizer_folder = _loaded(tokenizer, load_tokenizer)
+    if device is not None:
+        tokenizer.to(device)
     config = tokenizer.config
     factors, clips = _clips_of(config, num_clips, seed)
     size = f"{config.num_frames} x {config.frame[0]} x {config.frame[1]}"

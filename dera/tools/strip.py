@@ -53,9 +53,8 @@ def strip_clips(
 
     predictor = Generator.from_pretrained(checkpoint_path("pocket-predictor-tiny"))
     known = c[:, :, :2]
-    predicted = tokenizer.decode(
-        predictor.generate(prefix=frame_prefix(tokenizer, known), seed=seed)
-    )
+    former = load_tokenizer(checkpoint_path("pocket-tokenizer-tiny-576"))  # the predictor's
+    predicted = former.decode(predictor.generate(prefix=frame_prefix(former, known), seed=seed))
     predicted[:, :, :2] = known
 
     clips = torch.cat([a, reconstruction, b, swapped, truth, made, predicted]).clamp(0, 1)
@@ -79,7 +78,7 @@ def draw_strip(
         draw = ImageDraw.Draw(page)
         for i, word in enumerate(strip.words):
             draw.text((i * width, frame.shape[0] + 2), word[:18], fill="#5d656f")
-        pages.append(page.quantize(128, dither=Image.Dither.NONE))
+        pages.append(page)  # in full colour: the frames of an animated PNG share one palette
     buffer = io.BytesIO()
     pages[0].save(
         buffer, "png", save_all=True, append_images=pages[1:], duration=1000 // fps, loop=0
