@@ -302,3 +302,11 @@ def test_workers_do_not_decode_what_is_kept_in_memory(tmp_path, videos, method):
     for epoch in range(2):
         clips.set_epoch(epoch)
         assert sum(len(batch["video"]) for batch in batches) == 4
+
+
+def test_a_name_that_just_fits_is_written(tmp_path):
+    from dera.pocket import render, sample_factors, write_video
+
+    file = tmp_path / ("k" * 250 + ".mp4")
+    write_video(file, render(sample_factors(1, 3), 4, 32)[0])
+    assert file.stat().st_size and [p.name for p in tmp_path.iterdir()] == [file.name]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .errors import InputError
-from .names import cause_of, printable
+from .names import cause_of, printable, short_name
 
 # %% ../../nbs/runtime/writing.ipynb #encode
 def encode_frames(
@@ -71,7 +71,7 @@ def write_video(
     "Write one clip as H.264, atomically."
     _check_video(video)
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.part{path.suffix}")
+    temporary = path.with_name(f".{short_name(path)}.part{path.suffix}")
     frames = (video.clamp(0, 1) * 255).round().byte().permute(1, 2, 3, 0).cpu().numpy()
     try:
         encode_frames(temporary, frames, Fraction(fps), _X264 | dict(crf=str(crf)))

@@ -20,7 +20,7 @@ from ..runtime.containers import probe
 from ..runtime.errors import InputError
 from ..runtime.folders import video_files, visible_files
 from ..runtime.manifests import parse_source, source_rows, ucf101_folders
-from ..runtime.names import cause_of, printable
+from ..runtime.names import cause_of, printable, short_name
 from ..runtime.run_folder import write_atomic
 from ..runtime.video import decode, shrink
 from ..runtime.workers import for_each
@@ -43,7 +43,7 @@ def _encoder_options(crf):
 def _prepare_file(job, size, crf):
     "Write the small copy of one video: (cause, full disk?), cause '' if all went well."
     source, target = map(Path, job)
-    part = target.with_name(f".{target.name}.part.mp4")
+    part = target.with_name(f".{short_name(target)}.part.mp4")
     try:
         info = probe(source)
         rate = Fraction(info.fps or 25).limit_denominator(1001)
