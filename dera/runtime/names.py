@@ -40,6 +40,10 @@ def cause_of(error: BaseException) -> str:
 # %% ../../nbs/runtime/names.ipynb #short-name
 def short_name(
     path: Path,
-) -> str:  # 16 letters, the same for the same name
-    "A short stand-in for a file's name, so that an ending still fits where the name itself just does."
-    return hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    most: int = 230,  # bytes; a file system allows 255
+) -> str:  # the name itself where it fits, else 16 letters that stand for it
+    "A name that leaves room for another ending."
+    name = os.fsencode(path.name)
+    if len(name) <= most:
+        return path.name
+    return hashlib.sha256(name).hexdigest()[:16]
