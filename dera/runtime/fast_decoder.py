@@ -161,6 +161,7 @@ class FastDecoder:
         self.layer = torch.compile(decode_layer) if compile else decode_layer
         self.layers = []
         self.norm = self.head = None
+        self.has_code_head = model.config.codes_per_step > 1
         self.graphs = {}
         width = model.positions.shape[1]
         self.x = torch.zeros(rows, width, dtype=dtype, device=self.device)
@@ -189,7 +190,7 @@ class FastDecoder:
         layers = [layer_weights(block) for block in model.blocks]
         layers = [LayerWeights(*map(self._own, layer)) for layer in layers]
         norm = self._own(model.norm.weight)
-        head = self._own(model.head.weight)
+        head = None if self.has_code_head else self._own(model.head.weight)
         if not self.graphs:
             self.layers = layers
             self.norm = norm
@@ -198,7 +199,7 @@ class FastDecoder:
         old = [tensor for layer in self.layers for tensor in layer] + [self.norm, self.head]
         new = [tensor for layer in layers for tensor in layer] + [norm, head]
         for kept, fresh in zip(old, new, strict=True):
-            if kept is not fresh:
+            if kept is not fresh and kept is not None:
                 kept.copy_(fresh)
 
     def _own(self, weight):
@@ -215,7 +216,7 @@ class FastDecoder:
         self,
         x: torch.Tensor,  # (rows, D) embeddings of one token with its position added
         start: int,  # its position
-    ) -> torch.Tensor:  # (rows, V)
+    ) -> torch.Tensor:  # (rows, V); (rows, D) where a head of its own writes several codes
         "Logits of the next token, of the first `rows` rows of the memory."
         rows = len(x)
         x = x.to(self.cache.dtype)
@@ -253,5 +254,5 @@ class FastDecoder:
         for weights, memory in zip(self.layers, self.cache[:, :, :rows], strict=True):
             x = self.layer(x, weights, memory, place, self.prepare, self.normalise)
         x = F.rms_norm(x, self.norm.shape, self.norm, 1e-5)
-        logits = linear(x, self.head)[:rows]
-        return logits.to(torch.promote_types(self.cache.dtype, torch.float32))
+        result = x if self.has_code_head else linear(x, self.head)
+        return result[:rows].to(torch.promote_types(self.cache.dtype, torch.float32))
