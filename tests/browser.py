@@ -186,12 +186,13 @@ def check_page(path, timeout=60, width=1280, height=900, dark=False, screenshot=
     )
     with Browser(timeout) as browser:
         browser.open(url, width, height, dark)
-        while True:  # lazy or late pictures
-            pictures = browser.evaluate(PICTURES)
-            if all(p["done"] for p in pictures) or time.monotonic() > browser.deadline - 5:
+        pictures = None
+        while True:  # pictures may be lazy, and scripts may add or change some after the load event
+            before, pictures = pictures, browser.evaluate(PICTURES)
+            settled = pictures == before and all(picture["done"] for picture in pictures)
+            if settled or time.monotonic() > browser.deadline - 5:
                 break
-            browser.listen(0.1)
-        browser.listen(0.3)  # errors that come after the load event
+            browser.listen(0.5)  # also for errors that come late
         overflow = browser.evaluate("document.documentElement.scrollWidth - window.innerWidth")
         if screenshot:
             tall = browser.evaluate("document.documentElement.scrollHeight")
