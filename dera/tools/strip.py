@@ -53,8 +53,7 @@ def strip_clips(
 
     predictor = Generator.from_pretrained(checkpoint_path("pocket-predictor-tiny"))
     known = c[:, :, :2]
-    former = load_tokenizer(checkpoint_path("pocket-tokenizer-tiny-576"))  # the predictor's
-    predicted = former.decode(predictor.generate(prefix=frame_prefix(former, known), seed=seed))
+    predicted = tokenizer.decode(predictor.generate(prefix=frame_prefix(tokenizer, known), seed=seed))
     predicted[:, :, :2] = known
 
     clips = torch.cat([a, reconstruction, b, swapped, truth, made, predicted]).clamp(0, 1)
