@@ -21,6 +21,7 @@ import torch
 import dera.data
 import dera.runtime.checkpoints as checkpoints
 import dera.runtime.run_folder as run_folder
+import dera.runtime.training_options as training_options
 import dera.train_tokenizer as module
 from dera.losses import ReconstructionLoss, total_loss
 from dera.pocket import render, sample_factors, write_dataset
@@ -512,7 +513,7 @@ def test_refused_before_the_first_step(data, tmp_path, changes, words):
 
 
 def test_a_tracker_that_is_not_installed(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "is_wandb_available", lambda: False)
+    monkeypatch.setattr(training_options, "is_wandb_available", lambda: False)
     with pytest.raises(InputError, match="wandb is not installed"):
         train_tokenizer(config(data, tracker="wandb"), tmp_path)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIRST_WAIT', 'refuse_launcher_flags', 'start_processes', 'shorten_timeout', 'require_same_start', 'collect_signals',
            'asked_to_stop', 'leave', 'lost_process_in_one_line', 'Meter', 'CheckpointWriter', 'average_gradients',
-           'apply_gradients', 'warmup_cosine']
+           'apply_gradients', 'load_named', 'warmup_cosine']
 
 # %% ../../nbs/runtime/engine.ipynb #imports
 import atexit
@@ -276,11 +276,28 @@ def apply_gradients(
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(params, clip_norm or math.inf)
+    if hasattr(norm, "full_tensor"):  # of parameters that processes share
+        norm = norm.full_tensor()
     finite = bool(norm.isfinite())  # the step's one wait for the device
     if finite:
         for optimizer in optimizers:
             scaler.step(optimizer)
     return norm, finite
+
+
+def load_named(
+    loaders: dict,  # name -> function that loads it
+) -> dict:  # name -> network
+    "Load networks; all whose weights are missing are named in one line."
+    found, complaints = {}, []
+    for name, load in loaders.items():
+        try:
+            found[name] = load(name)
+        except InputError as error:
+            complaints.append(str(error))
+    if complaints:
+        raise InputError("; ".join(complaints))
+    return found
 
 
 def warmup_cosine(
