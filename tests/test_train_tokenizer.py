@@ -646,7 +646,7 @@ def test_everything_is_in_the_log(data, tmp_path):
         for k in ("l1", "l2", "perceptual", "quantizer", "adversarial", "align_a", "align_m")
     } <= set(fourth) and not any(k.startswith("gradient_") for k in first)
     assert (
-        set(TIMES) <= set(raw)
+        set(TIMES) - {"tokens_per_second"} <= set(raw)  # that one belongs to the generator's log
         and raw["clips_per_second"] > 0
         and 0 <= raw["waiting"] <= 1
         and raw["memory_gb"] > 0.1

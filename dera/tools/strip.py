@@ -53,7 +53,9 @@ def strip_clips(
 
     predictor = Generator.from_pretrained(checkpoint_path("pocket-predictor-tiny"))
     known = c[:, :, :2]
-    predicted = tokenizer.decode(predictor.generate(prefix=frame_prefix(tokenizer, known), seed=seed))
+    predicted = tokenizer.decode(
+        predictor.generate(prefix=frame_prefix(tokenizer, known), seed=seed)
+    )
     predicted[:, :, :2] = known
 
     clips = torch.cat([a, reconstruction, b, swapped, truth, made, predicted]).clamp(0, 1)
