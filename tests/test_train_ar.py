@@ -285,13 +285,17 @@ train_generator(run, *load_tokens(out / "tokens.npy"), out / "run", quiet, Codes
 """
 
 
-def test_two_processes_equal_one(whole, tmp_path):
+SHARDED = "os.environ.update(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2')\n"
+
+
+@pytest.mark.parametrize("way", ["", SHARDED], ids=["ddp", "fsdp2"])
+def test_two_processes_equal_one(way, whole, tmp_path):
     "They share the tokenising, to the last bit; and the training, within rounding, over ten steps."
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     exec(BOTH.format(parts=2), globals() | dict(out=tmp_path / "one"))
     pair = child(
-        f"out = Path({str(tmp_path / 'two')!r})\n{BOTH.format(parts=1)}",
+        f"{way}out = Path({str(tmp_path / 'two')!r})\n{BOTH.format(parts=1)}",
         "-m",
         "torch.distributed.run",
         "--nproc-per-node",

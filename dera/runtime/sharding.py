@@ -43,7 +43,8 @@ def distribute(
     mesh = init_device_mesh(accelerator.device.type, (world_size(),))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    # shares again after every forward pass, also of averaged weights that only validate
+    return fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

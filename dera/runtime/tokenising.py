@@ -167,7 +167,8 @@ def write_tokens(
     if not len(dataset):
         raise InputError(f"no clips to write into {path}; check the data folder and its split")
     path.parent.mkdir(parents=True, exist_ok=True)
-    accelerator = start_processes(path.parent)
+    # nothing is trained here, so it does not matter whether the training will be sharded
+    accelerator = start_processes(path.parent, sharded=True)
     views = 2 if flips else 1
     main = accelerator.is_main_process
     with collect_signals() as signals, lost_process_in_one_line(accelerator, path.parent):
