@@ -75,8 +75,8 @@ def check_training_options(
     )
     require(
         not config.tracker or trackers[config.tracker](),
-        f"the tracker {config.tracker} is not installed; run pip install {config.tracker}, "
-        "or leave it out",
+        f"the tracker {config.tracker} is not installed; "
+        f"run pip install 'dera[{config.tracker}]', or leave it out",
     )
     autocast(config.precision, "cpu")
 
