@@ -895,6 +895,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                  'dera/runtime/tokenising.py'),
                                          'dera.runtime.tokenising.begin_window': ( 'runtime/tokenising.html#begin_window',
                                                                                    'dera/runtime/tokenising.py'),
+                                         'dera.runtime.tokenising.clips_at_once': ( 'runtime/tokenising.html#clips_at_once',
+                                                                                    'dera/runtime/tokenising.py'),
                                          'dera.runtime.tokenising.load_tokens': ( 'runtime/tokenising.html#load_tokens',
                                                                                   'dera/runtime/tokenising.py'),
                                          'dera.runtime.tokenising.mirror_labels': ( 'runtime/tokenising.html#mirror_labels',

@@ -47,7 +47,7 @@ from dera.runtime.token_set import (
     split_rows,
     training_data,
 )
-from .runtime.tokenising import load_tokens, mirror_labels, write_tokens
+from .runtime.tokenising import clips_at_once, load_tokens, mirror_labels, write_tokens
 from .runtime.training_clips import find_held_out_clips, split_or_none
 from .runtime.training_options import check_generator_training as check_run
 from dera.runtime.training_options import (
@@ -688,7 +688,7 @@ def train_from_videos(
     write = functools.partial(
         tokenize_dataset,
         tokenizer,
-        batch_size=min(32, config.batch_size),
+        batch_size=min(config.batch_size, clips_at_once(shape)),
         condition_frames=config.condition_frames,
         progress=progress,
         workers=config.workers,
