@@ -49,6 +49,7 @@ setup(
         dev=lines("dev_requirements"),
         play=lines("play_requirements"),
         tensorboard=["tensorboard"],
+        wandb=["wandb"],
     ),
     entry_points=dict(console_scripts=lines("console_scripts")),
     packages=[*find_packages(include=["dera", "dera.*"]), *folders],

@@ -20,7 +20,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
-from tqdm import tqdm
 
 from dera.pocket import (
     BACKGROUNDS,
@@ -38,6 +37,7 @@ from .query import Transformer, gaussian_positions, patchify
 from .runtime.checkpoints import checkpoint_path, load_checkpoint, load_model, save_checkpoint
 from .runtime.devices import use_bf16
 from .runtime.errors import InputError
+from .runtime.progress import progress
 from dera.runtime.published_teachers import (
     PUBLISHED_TEACHERS,
     Backbone,
@@ -782,15 +782,14 @@ def train_teacher(
 
     last = min(config.steps, stop_after or config.steps)
     sums, clock = {}, time.time()
-    progress = tqdm(
+    bar = progress(
         range(start, last),
         initial=start,
         total=config.steps,
         desc=f"{config.modality} teacher",
         unit="step",
-        disable=None,  # only where there is a terminal
     )
-    for step in progress:
+    for step in bar:
         log = _train_step(config, objective, optimizers, step, device)
         for name, value in log.items():
             sums[name] = sums.get(name, 0) + value / config.log_every

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from .ar import Generator, GeneratorConfig, frame_prefix
 from .data import open_clips
@@ -37,6 +36,7 @@ from .runtime.devices import autocast
 from .runtime.engine import CheckpointWriter, apply_gradients, require_same_start
 from .runtime.errors import InputError
 from .runtime.optimizers import build_generator_optimizers as build_optimizers
+from .runtime.progress import progress as show_progress
 from .runtime.run_folder import RunFolder, read_settings
 from .runtime.sharding import asks_for_sharding, distribute, gradients_stay, unwrapped, whole
 from .runtime.token_files import described, new_description
@@ -47,7 +47,7 @@ from dera.runtime.token_set import (
     split_rows,
     training_data,
 )
-from .runtime.tokenising import load_tokens, mirror_labels, write_tokens
+from .runtime.tokenising import clips_at_once, load_tokens, mirror_labels, write_tokens
 from .runtime.training_clips import find_held_out_clips, split_or_none
 from .runtime.training_options import check_generator_training as check_run
 from dera.runtime.training_options import (
@@ -389,7 +389,7 @@ def tokenize_dataset(
     flips: bool = True,  # also the mirrored clip
     mirror: list | None = None,  # of `mirror_labels`; default: mirroring keeps the class
     condition_frames: int = 0,  # for frame prediction: how many frames are known
-    progress: Callable = tqdm,  # a tqdm-like wrapper
+    progress: Callable = show_progress,  # a tqdm-like wrapper
     windows: int = 1,  # clips of every video
     workers: int = 0,  # processes that decode
     timeout: int = 60,  # seconds that processes wait for each other
@@ -455,7 +455,7 @@ def train_loop(
                 line |= held_out_losses(state.best, data.held, config, step, wrong, accelerator)
             run.write(line)
             if hasattr(bar, "set_postfix"):
-                bar.set_postfix(loss=f"{line['loss'] or math.nan:.3f}")
+                bar.set_postfix(loss=f"{line['loss'] or math.nan:.3f}", refresh=False)
             run.meter.restart()
         if draw and run.due(config.sample_every, done):
             draw(done)
@@ -533,7 +533,7 @@ def train_generator(
     tokens,  # (clips, views, L) or (clips, L) integers; with a prefix, its tokens come first
     labels,  # (clips, views) or (clips,) class ids
     out: str | Path | None = None,  # run folder; default config.out
-    progress: Callable = tqdm,  # a tqdm-like wrapper
+    progress: Callable = show_progress,  # a tqdm-like wrapper
     tokenizer: torch.nn.Module | None = None,  # decodes the clips in samples/; None: no pictures
     held: tuple | None = None,  # other tokens and labels for the held-out loss
     classes: list | None = None,  # names of the classes, kept with the generator
@@ -556,7 +556,7 @@ def train_generator(
     def draw(step):
         model = whole_generator(config, state)
         if run.main:
-            draw_samples(config, model, data, tokenizer, run.folder, step)
+            draw_samples(config, model, data, tokenizer, run, step)
 
     with run.lock():
         state = begin(config, run, data)
@@ -566,7 +566,6 @@ def train_generator(
             total=config.steps,
             desc="training the generator",
             unit="step",
-            disable=not run.main,
         )
         drawing = draw if tokenizer is not None and config.samples else None
         with run.guarded():
@@ -595,7 +594,7 @@ def source_opener(
             sampling=config.sampling,
             seed=config.seed,
             replace_bad=True,
-            progress=tqdm,
+            progress=show_progress,
         )
 
     return open_source
@@ -666,7 +665,7 @@ def generator_shape(
 
 def train_from_videos(
     config: ARConfig,
-    progress: Callable = tqdm,  # a tqdm-like wrapper
+    progress: Callable = show_progress,  # a tqdm-like wrapper
 ) -> Generator:  # in evaluation mode, on the CPU
     "Tokenise videos into the run folder and train a generator on them, or go on with both."
     check_run(config, int(os.environ.get("WORLD_SIZE", 1)))
@@ -689,7 +688,7 @@ def train_from_videos(
     write = functools.partial(
         tokenize_dataset,
         tokenizer,
-        batch_size=min(32, config.batch_size),
+        batch_size=min(config.batch_size, clips_at_once(shape)),
         condition_frames=config.condition_frames,
         progress=progress,
         workers=config.workers,

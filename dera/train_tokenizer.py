@@ -21,7 +21,6 @@ from typing import Literal
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from .align import Alignment, match_grid, stage_weights, teacher_features
 from .data import as_float, open_clips
@@ -53,6 +52,7 @@ from .runtime.errors import InputError
 from .runtime.feed import feed
 from .runtime.optimizers import build_tokenizer_optimizers as build_optimizers
 from .runtime.processes import own_randomness
+from .runtime.progress import progress
 from .runtime.seeds import seed_everything
 from .runtime.sharding import distribute, gradients_stay
 from .runtime.training_clips import find_training_clips, find_validation_clips
@@ -496,7 +496,7 @@ def source_opener(
     "Open clips as the tokenizer takes them."
 
     def open_source(data, split, **options):
-        options = dict(sampling=config.sampling, seed=config.seed, progress=tqdm) | options
+        options = dict(sampling=config.sampling, seed=config.seed, progress=progress) | options
         return open_clips(data, shape.num_frames, shape.size, split, **options)
 
     return open_source
@@ -523,7 +523,7 @@ def validate(
     config: TokenizerTraining,
     state: TokenizerState,
     held: torch.Tensor,  # (N, 3, T, H, W)
-    run,  # `RunFolder`
+    run,  # `TrainingRun`
     done: int,  # steps
     steps: int,  # number of steps of the whole training
     show: int = 8,  # clips in the picture
@@ -584,7 +584,7 @@ def train_loop(
     clips_of,  # iterator of (clips of this process, seconds waited)
     held: torch.Tensor | None,  # (N, 3, T, H, W) held-out clips
     last_step: int,  # where to leave
-    bar,  # of tqdm
+    bar,  # of `progress`
 ) -> int:  # the signal that ended it; 0: none
     "Steps until the end or a signal."
     for step in range(run.saver.step, last_step):
@@ -602,11 +602,11 @@ def train_loop(
         look = run.due(config.validate_every, done)
         if look or run.due(config.log_every, done):
             line = tokenizer_line(config, state, found, run.accelerator, run.meter, done, run.steps)
-            bar.set_postfix(psnr=f"{line['psnr'] or 0:.1f}")
+            bar.set_postfix(psnr=f"{line['psnr'] or 0:.1f}", refresh=False)
             if stopped and finite:
                 run.saver(done)  # first of all: there may be only seconds left
             if look and held is not None:
-                line |= validate(config, state, held, run.folder, done, run.steps)
+                line |= validate(config, state, held, run, done, run.steps)
             run.write(line)
         if finite and (stopped or run.due(config.save_every, done)):
             run.saver(done)
@@ -638,7 +638,7 @@ def train_tokenizer(
         held = validation_clips(config, tokenizer.config, held_out) if run.main else None
         clips_of = feed(dataset, config.batch_size, config.seed, start, accelerator, workers)
         last_step = min(run.steps, stop_after or run.steps)
-        bar = tqdm(total=run.steps, initial=start, desc="training", disable=not run.main)
+        bar = progress(total=run.steps, initial=start, desc="training", unit="step")
         with bar, run.guarded():
             stopped = train_loop(config, state, run, clips_of, held, last_step, bar)
         if run.main:

@@ -21,7 +21,6 @@ import torch
 import dera.data
 import dera.runtime.checkpoints as checkpoints
 import dera.runtime.run_folder as run_folder
-import dera.runtime.training_options as training_options
 import dera.train_tokenizer as module
 from dera.losses import ReconstructionLoss, total_loss
 from dera.pocket import render, sample_factors, write_dataset
@@ -510,18 +509,6 @@ def test_refused_before_the_first_step(data, tmp_path, changes, words):
         and "\n" not in str(e.value)
         and not (tmp_path / "run" / "checkpoint.safetensors").exists()
     )
-
-
-def test_a_tracker_that_is_not_installed(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(training_options, "is_wandb_available", lambda: False)
-    with pytest.raises(InputError, match="wandb is not installed"):
-        train_tokenizer(config(data, tracker="wandb"), tmp_path)
-
-
-def test_tensorboard(data, tmp_path):
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-    train_tokenizer(config(data, steps=3, tracker="tensorboard"), tmp_path, small())
-    assert list(tmp_path.rglob("events.out.tfevents*"))
 
 
 @pytest.mark.parametrize(

@@ -87,10 +87,9 @@ def check_training_options(
     )
     require(
         not config.tracker or trackers[config.tracker](),
-        f"the tracker {config.tracker} is not installed; run pip install {config.tracker}, "
-        "or leave it out",
+        f"the tracker {config.tracker} is not installed; "
+        f"run pip install 'dera[{config.tracker}]', or leave it out",
     )
-    check_numbers(config)
     require(
         config.workers <= 512,
         f"workers is {config.workers}; as many processes would start, so choose 512 or fewer",
@@ -150,6 +149,7 @@ def check_tokenizer_training(
         config.discriminator_every >= 1,
         f"discriminator_every is {config.discriminator_every}; it counts steps from 1",
     )
+    check_numbers(config)
 
 # %% ../../nbs/runtime/training_options.ipynb #generator
 def check_generator_training(
@@ -186,6 +186,7 @@ def check_generator_training(
             "FSDP trains with AdamW in float32 or bf16; set muon_lr to 0 and --precision to no, "
             "bf16 or auto, or leave --use_fsdp out",
         )
+    check_numbers(config)
 
 # %% ../../nbs/runtime/training_options.ipynb #command
 def preset_of(

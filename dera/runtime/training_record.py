@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from .pictures import animation
-from .run_folder import write_atomic
 
 # %% ../../nbs/runtime/training_record.ipynb #numbers
 # of a line of the log: what differs between equal runs
@@ -151,7 +150,7 @@ def generator_line(
 
 # %% ../../nbs/runtime/training_record.ipynb #pictures
 def save_clips(
-    run,  # `RunFolder`
+    run,  # `TrainingRun`
     name: str,  # of a folder in it
     done: int,  # steps
     clips: torch.Tensor,  # (N, 3, T, H, W) in [0, 1]
@@ -159,9 +158,7 @@ def save_clips(
     zoom: int = 1,  # pixels for a pixel
 ):
     "Lay clips out in one moving picture."
-    folder = run.path / name
-    folder.mkdir(exist_ok=True)
-    write_atomic(folder / f"step-{done:07d}.png", animation(clips, columns=columns, zoom=zoom))
+    run.show(name, done, animation(clips, columns=columns, zoom=zoom))
 
 
 @torch.no_grad()
@@ -191,7 +188,7 @@ def draw_samples(
     model: torch.nn.Module,  # generator
     data,  # `TrainingData`; frame prediction shows known, generated and true clips
     tokenizer: torch.nn.Module,
-    run,  # `RunFolder`
+    run,  # `TrainingRun`
     step: int,
 ):
     "Generate clips, decode them, and lay them out in samples/."

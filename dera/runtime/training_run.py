@@ -19,7 +19,8 @@ from dera.runtime.engine import (
     shorten_timeout,
     start_processes,
 )
-from .run_folder import RunFolder
+from .run_folder import RunFolder, write_atomic
+from .trackers import grouped, track_picture
 
 # %% ../../nbs/runtime/training_run.ipynb #run
 @dataclass
@@ -76,8 +77,20 @@ class TrainingRun:
         if self.main:
             self.folder.log(**line)
         if self.tracker:
-            numbers = {name: v for name, v in line.items() if isinstance(v, (int, float))}
-            self.accelerator.log(numbers, step=line["step"])
+            self.accelerator.log(grouped(line), step=line["step"])
+
+    def show(
+        self,
+        name: str,  # `validation` or `samples`: a folder in the run's
+        done: int,  # steps
+        png: bytes,  # an animated PNG
+    ):
+        "A moving picture for the run folder, and for the tracker; a call on the first process."
+        folder = self.folder.path / name
+        folder.mkdir(exist_ok=True)
+        write_atomic(folder / f"step-{done:07d}.png", png)
+        if self.tracker:
+            track_picture(self.accelerator, self.tracker, f"{name}/clips", png, done)
 
     def begin(
         self,

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
 
 from ..ar import GeneratorConfig
 from ..data import VideoClips
@@ -31,6 +30,7 @@ from ..quantize import codebook_stats
 from ..query import num_appearance_codes
 from ..runtime.checkpoints import checkpoint_path
 from ..runtime.errors import InputError
+from ..runtime.progress import progress
 from ..runtime.run_folder import RunFolder, environment, read_settings, write_atomic
 from ..teachers import load_teacher
 from . import report
@@ -84,11 +84,17 @@ def _tokenizer_training(demo, folder):
 # %% ../../nbs/tools/demo.ipynb #train-stages
 def _train(demo, folder):
     "Videos on disk -> tokenizer -> tokens -> generator."
-    write_dataset(folder / "data", demo.clips, seed=demo.seed, progress=tqdm)
+    write_dataset(folder / "data", demo.clips, seed=demo.seed, progress=progress)
     tokenizer = train_tokenizer(_tokenizer_training(demo, folder), folder / "tokenizer")
     c = tokenizer.config
     clips = VideoClips(
-        folder / "data", c.num_frames, c.size, "uniform", split="train", cache=True, progress=tqdm
+        folder / "data",
+        c.num_frames,
+        c.size,
+        "uniform",
+        split="train",
+        cache=True,
+        progress=progress,
     )
     tokenize_dataset(tokenizer, clips, folder / "tokens.npy", mirror=mirror_labels(CLASSES))
     tokens, labels = load_tokens(folder / "tokens.npy", fingerprint(tokenizer))
@@ -118,7 +124,7 @@ def sample_clips(
     guidance: float = 1.5,  # 1 is none
     seed: int = 0,  # clip i depends on seed + i and its label only
     batch_size: int = 56,  # clips at once; changes no clip
-    progress=tqdm,  # a tqdm-like wrapper
+    progress=progress,  # a tqdm-like wrapper
 ) -> torch.Tensor:  # (N, 3, T, H, W) in [0, 1]
     "Generate a clip for each label."
     out = []
@@ -433,7 +439,7 @@ def run_demo(demo: Demo) -> dict:  # the metrics, also in metrics.json
     clips = VideoClips(folder / "data", c.num_frames, c.size, "uniform", split="test")
     items = [
         clips[i]
-        for i in tqdm(range(min(200, len(clips))), desc="reading held-out clips", unit="clip")
+        for i in progress(range(min(200, len(clips))), desc="reading held-out clips", unit="clip")
     ]
     test, test_labels = (
         torch.stack([i["video"] for i in items]),
