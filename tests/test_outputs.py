@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from dera.data import manifest
+from dera.ar import GeneratorConfig
+from dera.data import VideoClips, loader, manifest, read_clip
 from dera.pocket import render, sample_factors, write_dataset, write_video
+from dera.quantize import FSQ
 from dera.runtime import hub
 from dera.runtime.checkpoints import checkpoint_path
 from dera.runtime.commands import run_command
@@ -275,3 +277,28 @@ def test_names_that_a_mac_holds_for_one():
     assert len(set(stems)) == 5
     kept = [stem for stem in stems if "-" not in stem]
     assert not kept  # each got its number, as none is nearer to the name than another
+
+
+def test_whole_numbers_and_rates_are_asked_for_by_name(tmp_path):
+    write_video(tmp_path / "a.mp4", render(sample_factors(1, seed=1), 8, 32)[0])
+    video = render(sample_factors(1, seed=1), 4, 16)[0]
+    nan = float("nan")
+    for name, act in (
+        ("num_frames", lambda: read_clip(tmp_path / "a.mp4", 2.5, 32)),
+        ("num_frames", lambda: VideoClips(tmp_path, nan, 32)[0]),
+        ("size", lambda: read_clip(tmp_path / "a.mp4", 4, 31.5)),
+        ("seed", lambda: read_clip(tmp_path / "a.mp4", 4, 32, seed=0.5)),
+        ("seed", lambda: sample_factors(2, seed=nan)),
+        ("n is", lambda: sample_factors(2**64, seed=0)),
+        ("batch_size", lambda: loader(VideoClips(tmp_path, 4, 32), 1.5)),
+        ("fps", lambda: write_video(tmp_path / "b.mp4", video, fps=0)),
+        ("fps", lambda: write_video(tmp_path / "b.mp4", video, fps=float("inf"))),
+        ("crf", lambda: write_video(tmp_path / "b.mp4", video, crf=-3)),
+        ("whole levels", lambda: FSQ([nan, 5])),
+        ("whole levels", lambda: FSQ([4.5, 5])),
+        ("dropout", lambda: GeneratorConfig(vocab_size=8, num_tokens=4, dropout=nan)),
+        ("vocab_size", lambda: GeneratorConfig(vocab_size=0, num_tokens=4)),
+    ):
+        with pytest.raises(InputError, match=name):
+            act()
+    assert not (tmp_path / "b.mp4").exists()
