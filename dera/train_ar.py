@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ARConfig', 'appearance_steps', 'codes_at', 'work', 'learning_rate', 'rows_loss', 'held_out_loss', 'label_factors',
-           'wrong_labels', 'held_out_losses', 'TrainingState', 'build_state', 'set_rates', 'train_step', 'token_rows',
-           'tokenize_dataset', 'train_loop', 'whole_generator', 'begin', 'check_order', 'train_generator',
-           'source_opener', 'training_clips', 'refuse_other_source', 'generator_shape', 'train_from_videos', 'Options',
-           'command', 'main', 'RUNS', 'TIMES', 'batch_rows', 'build_optimizers', 'check_run', 'fingerprint',
-           'load_tokens', 'mirror_labels', 'training_data']
+           'wrong_labels', 'held_out_losses', 'starting_weights', 'TrainingState', 'build_state', 'set_rates',
+           'train_step', 'token_rows', 'tokenize_dataset', 'train_loop', 'whole_generator', 'begin', 'check_order',
+           'train_generator', 'source_opener', 'training_clips', 'refuse_other_source', 'generator_shape',
+           'train_from_videos', 'Options', 'command', 'main', 'RUNS', 'TIMES', 'batch_rows', 'build_optimizers',
+           'check_run', 'fingerprint', 'load_tokens', 'mirror_labels', 'training_data']
 
 # %% ../nbs/12_ar_training.ipynb #imports
 import functools
@@ -30,7 +30,7 @@ from .ar import Generator, GeneratorConfig, frame_prefix
 from .data import open_clips
 from .pocket import CLASSES, MOTIONS, SHAPES
 from .query import num_appearance_codes
-from .runtime.checkpoints import fingerprint, refuse_other_run
+from .runtime.checkpoints import fingerprint, load_model, refuse_other_run
 from .runtime.commands import run_command
 from .runtime.devices import autocast
 from .runtime.engine import CheckpointWriter, apply_gradients, require_same_start
@@ -263,6 +263,20 @@ def held_out_losses(
         line[f"val_nats_wrong_{name}"] = loss * length
     return line
 
+# %% ../nbs/12_ar_training.ipynb #init
+def starting_weights(
+    config: ARConfig,  # with `init`
+) -> dict[str, torch.Tensor]:
+    "Weights of the generator that `init` names; refused where its shape is another."
+    given = load_model(Generator, config.init)
+    then, now = asdict(given.config), asdict(config.generator)
+    free = {"tokenizer", "dropout", "class_dropout"}
+    others = [name for name in now if name not in free and then[name] != now[name]]
+    if others:
+        said = ", ".join(f"{name} {then[name]} and not {now[name]}" for name in others[:3])
+        raise InputError(f"the generator in {config.init} has {said}; choose another --init")
+    return given.state_dict()
+
 # %% ../nbs/12_ar_training.ipynb #state
 @dataclass
 class TrainingState:
@@ -299,7 +313,10 @@ def build_state(
 ) -> TrainingState:
     "A generator at the start of its training."
     torch.manual_seed(config.seed)
-    model = Generator(config.generator).train().to(device)
+    model = Generator(config.generator)
+    if config.init:
+        model.load_state_dict(starting_weights(config))
+    model.train().to(device)
     ema = None
     if config.ema:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
@@ -648,11 +665,14 @@ def generator_shape(
 ) -> GeneratorConfig:
     "The generator's configuration with what tokenizer and data decide."
     codes = tokenizer.num_codes
-    factors = ()
-    if config.factored_classes and not config.condition_frames:
+    shape, factors = config.generator, ()
+    if config.init:
+        shape = load_model(Generator, config.init).config
+        factors = shape.class_factors
+    elif config.factored_classes and not config.condition_frames:
         factors = tuple(label_factors(classes).values())
     return replace(
-        config.generator,
+        shape,
         vocab_size=tokenizer.config.codebook_size,
         num_tokens=codes,
         num_classes=max(1, len(classes)),

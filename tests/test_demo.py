@@ -79,7 +79,7 @@ def test_same_seed_same_metrics(run, tmp_path):
     folder = module._open(small)
     module.write_dataset(folder / "data", 600, seed=0)
     module.train_tokenizer(
-        module._tokenizer_training(small, folder), folder / "tokenizer", stop_after=3
+        module.tokenizer_training(small, folder), folder / "tokenizer", stop_after=3
     )
     assert run_demo(small) == run[1]
     assert torch.equal(*(load_file(f / "generated.safetensors")["video"] for f in (run[0], folder)))

@@ -152,6 +152,7 @@ class Source:
 class GeneratorRun(Source):
     "Length, machine and record of a generator's training."
 
+    init: str = ""  # folder of a generator to start from; its shape is taken over
     steps: int = 400  # optimiser steps
     epochs: float = 0  # passes over the videos; above 0 it sets the steps
     accumulate: int = 1  # parts in which a process computes its share of the batch
