@@ -37,7 +37,7 @@ from .runtime.engine import CheckpointWriter, apply_gradients, require_same_star
 from .runtime.errors import InputError
 from .runtime.optimizers import build_generator_optimizers as build_optimizers
 from .runtime.progress import progress as show_progress
-from .runtime.run_folder import RunFolder
+from .runtime.run_folder import RunFolder, read_settings
 from .runtime.sharding import asks_for_sharding, distribute, gradients_stay, unwrapped, whole
 from .runtime.token_files import described, new_description
 from dera.runtime.token_set import (
@@ -644,8 +644,8 @@ def refuse_other_source(run: Path, config: ARConfig):
     if not (run / "checkpoint.safetensors").exists() or not begun.exists():
         return
     try:
-        saved = json.loads(begun.read_text())
-    except ValueError:
+        saved = read_settings(begun)
+    except (ValueError, OSError):
         return  # the checkpoint says it all again
     names = ["data", "split", "sampling", "windows", "flips", "condition_frames", "seed"]
     names.append("generator")

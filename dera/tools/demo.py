@@ -31,7 +31,7 @@ from ..query import num_appearance_codes
 from ..runtime.checkpoints import checkpoint_path, load_model
 from ..runtime.errors import InputError
 from ..runtime.progress import progress
-from ..runtime.run_folder import RunFolder, environment, write_atomic
+from ..runtime.run_folder import RunFolder, environment, read_settings, write_atomic
 from ..teachers import load_teacher
 from . import report
 from dera.train_ar import (
@@ -431,8 +431,18 @@ def _open(demo):
     if demo.fresh and (folder / "demo.json").exists():
         shutil.rmtree(folder)
     wanted = {k: v for k, v in asdict(demo).items() if k not in ("fresh", "out")}
-    if (folder / "demo.json").exists():
-        found = json.loads((folder / "demo.json").read_text())
+    others = [path.name for path in folder.glob("*") if not path.name.startswith(".")]
+    if others and "demo.json" not in others:
+        raise InputError(
+            f"{folder} holds something else ({min(others)}, ...); choose another --out for the demo"
+        )
+    if others:
+        try:
+            found = read_settings(folder / "demo.json")
+        except ValueError:
+            raise InputError(
+                f"{folder / 'demo.json'} is damaged; add --fresh to start again"
+            ) from None
         differ = [k for k in wanted if found.get(k) != wanted[k]]
         if differ:
             raise InputError(

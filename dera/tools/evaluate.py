@@ -28,7 +28,7 @@ from ..ar import Generator, frame_prefix
 from ..data import VideoClips, as_float, manifest, open_clips
 from ..metrics import Extractor, load_extractor, lpips, score_name, ssim, stats_distance
 from ..quantize import codebook_stats
-from ..runtime.checkpoints import checkpoint_path, fingerprint, load_model
+from ..runtime.checkpoints import checkpoint_path, fingerprint
 from ..runtime.errors import InputError
 from ..runtime.measuring import computing_in, device_of, frozen
 from ..runtime.names import printable
@@ -718,7 +718,7 @@ def run_evaluation(
     from accelerate import PartialState
 
     model = load_tokenizer(tokenizer or checkpoint_path("pocket-tokenizer-tiny"))
-    writer = load_model(Generator, generator) if generator else None
+    writer = Generator.from_pretrained(generator).float().eval() if generator else None
     device = PartialState(cpu=not torch.accelerator.is_available()).device
     if protocol == EVIDENCE:
         settings = {key: changes[key] for key in ("seed", "precision") if changes.get(key)}
