@@ -227,7 +227,7 @@ def _factors_file(factors, names, asked):
     np.savez(content, names=np.array(names), **asked, **values)
     return content.getvalue()
 
-
+# %% ../nbs/01_pocket_world.ipynb #test-lists
 def _test_lists(factors):
     "For each split, which clips are kept for testing; split 3 of a plain world keeps none."
     lists = {}
@@ -236,7 +236,7 @@ def _test_lists(factors):
         lists[split] = [False] * len(factors) if is_empty else held_out(factors, split).tolist()
     return lists
 
-
+# %% ../nbs/01_pocket_world.ipynb #write-dataset-files
 def write_dataset(
     root: str | Path,  # folder to fill
     n: int,  # number of clips

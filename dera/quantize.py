@@ -101,7 +101,7 @@ def cut_into_groups(
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     return z.reshape(*z.shape[:-2], z.shape[-2] * codes_per_token, width)
 
-
+# %% ../nbs/08_quantization.ipynb #join-groups
 def join_groups(
     groups: torch.Tensor,  # (B, L * codes_per_token, width)
     codes_per_token: int,

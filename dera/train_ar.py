@@ -135,7 +135,7 @@ def appearance_steps(config: ARConfig) -> int:
         return round(config.appearance_steps * config.steps)
     return int(config.appearance_steps)
 
-
+# %% ../nbs/12_ar_training.ipynb #codes-at
 def codes_at(
     step: int,  # from 0
     config: ARConfig,
@@ -155,7 +155,7 @@ def work(
     share = config.generator.appearance_tokens / config.generator.num_tokens
     return short * share + steps - short
 
-
+# %% ../nbs/12_ar_training.ipynb #learning-rate
 def learning_rate(
     step: int,  # from 0
     config: ARConfig,
@@ -226,7 +226,7 @@ def label_factors(
         return dict(shape=len(SHAPES), motion=len(MOTIONS))
     return {}
 
-
+# %% ../nbs/12_ar_training.ipynb #wrong-labels
 def wrong_labels(
     labels: torch.Tensor,  # (N,) int64
     num_classes: int,
@@ -305,7 +305,7 @@ class TrainingState:
         )
         return {name: part for name, part in found.items() if part is not None}
 
-
+# %% ../nbs/12_ar_training.ipynb #build-state
 def build_state(
     config: ARConfig,
     device: torch.device,
@@ -349,7 +349,7 @@ def set_rates(
         for group in optimizer.param_groups:
             group["lr"] = rate / config.lr * highest
 
-
+# %% ../nbs/12_ar_training.ipynb #train-step
 def train_step(
     config: ARConfig,
     state: TrainingState,
@@ -493,7 +493,7 @@ def whole_generator(
     model.load_state_dict(weights)
     return model
 
-
+# %% ../nbs/12_ar_training.ipynb #begin-run
 def begin(
     config: ARConfig,
     run,  # `TrainingRun`
@@ -544,7 +544,7 @@ def check_order(config: ARConfig):
             "appearance_steps needs generator.appearance_tokens, the number of appearance codes"
         )
 
-
+# %% ../nbs/12_ar_training.ipynb #train-generator
 def train_generator(
     config: ARConfig,
     tokens,  # (clips, views, L) or (clips, L) integers; with a prefix, its tokens come first
@@ -630,7 +630,7 @@ def training_clips(
     split_rows(config, len(clips), config.windows * (1 + config.flips))
     return clips
 
-
+# %% ../nbs/12_ar_training.ipynb #refuse-other-source
 def refuse_other_source(run: Path, config: ARConfig):
     "Refuse to write other tokens into a run that has begun, or over those of another tokenizer."
     file = run / "tokens.npy"
@@ -682,7 +682,7 @@ def generator_shape(
         tokenizer=fingerprint(tokenizer),
     )
 
-
+# %% ../nbs/12_ar_training.ipynb #train-from-videos
 def train_from_videos(
     config: ARConfig,
     progress: Callable = show_progress,  # a tqdm-like wrapper
@@ -744,7 +744,7 @@ class Options(ARConfig):
     )
     fresh: bool = False  # start afresh instead of going on; tokens are kept
 
-
+# %% ../nbs/12_ar_training.ipynb #command-words
 def command(
     args: list,  # words after `dera train-ar`
 ):
@@ -762,7 +762,7 @@ def command(
     if is_first_process():
         print(f"generator saved in {Path(config.out) / 'generator'}")
 
-
+# %% ../nbs/12_ar_training.ipynb #main-entry
 def main(
     args: list | None = None,  # default: the command line
 ):
