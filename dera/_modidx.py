@@ -1434,6 +1434,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'dera.tools.cli._described': ('tools/cli.html#_described', 'dera/tools/cli.py'),
                                 'dera.tools.cli._flags': ('tools/cli.html#_flags', 'dera/tools/cli.py'),
                                 'dera.tools.cli._generate': ('tools/cli.html#_generate', 'dera/tools/cli.py'),
+                                'dera.tools.cli._named': ('tools/cli.html#_named', 'dera/tools/cli.py'),
                                 'dera.tools.cli._run': ('tools/cli.html#_run', 'dera/tools/cli.py'),
                                 'dera.tools.cli._train_ar': ('tools/cli.html#_train_ar', 'dera/tools/cli.py'),
                                 'dera.tools.cli._train_tokenizer': ('tools/cli.html#_train_tokenizer', 'dera/tools/cli.py'),
