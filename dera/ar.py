@@ -19,6 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .runtime.checks import check_whole
 from .runtime.errors import InputError
 from .runtime.fast_decoder import FastDecoder
 from .runtime.hub import HubModel
@@ -74,6 +75,17 @@ class GeneratorConfig:
 
     def __post_init__(self):
         self.class_factors = tuple(self.class_factors)
+        check_whole(
+            least=1,
+            vocab_size=self.vocab_size,
+            dim=self.dim,
+            depth=self.depth,
+            heads=self.heads,
+            num_tokens=self.num_tokens,
+        )
+        for name in ("dropout", "class_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it is a share from 0 to 1")
         if self.prefix_tokens:
             self.class_everywhere = False
             self.class_factors = ()

@@ -623,9 +623,9 @@ def test_audit_and_prepare(data, tmp_path):
         in dera("prepare", root, tmp_path / "small", "--size", 16).stdout
     )
     refused(dera("audit", "--out", out), "name the data")
-    refused(dera("audit", tmp_path / "nowhere", "--out", out), "nowhere")
+    refused(dera("audit", tmp_path / "nowhere", "--out", tmp_path / "n.json"), "nowhere")
     refused(dera("prepare", root, root / "within"), "elsewhere")
-    refused(dera("prepare", root, tmp_path / "small", "--size", 24), "another folder")
+    refused(dera("prepare", root, tmp_path / "small", "--size", 24), "--fresh", "another folder")
 
 
 def test_bench(tmp_path):

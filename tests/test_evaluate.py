@@ -19,6 +19,7 @@ from dera.quantize import codebook_stats
 from dera.runtime.checkpoints import checkpoint_path, load_model
 from dera.runtime.errors import InputError
 from dera.tools import evaluate
+from dera.tools import evaluate_generator as evaluate_generator_room
 from dera.tools.evaluate import (
     evaluate_generator,
     evaluate_prediction,
@@ -372,7 +373,7 @@ def test_evaluate_generator(world, shipped, drawing, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         pytest.fail("the reference was computed again")
 
-    monkeypatch.setattr(evaluate, "measure_real", fail)
+    monkeypatch.setattr(evaluate_generator_room, "measure_real", fail)
     again = evaluate_generator(drawing, shipped, world, tmp_path / "a", protocol, guidance=1.5)
     assert again["values"] == result["values"]
     other = copy.deepcopy(drawing)
