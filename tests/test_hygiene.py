@@ -659,3 +659,12 @@ def test_the_package_index_sees_no_relative_link(root):
         assert not re.search(link, names["for_the_index"](readme, repository, "v1"))
     shown = names["for_the_index"]("[a](b.md) ![p](q.png) [w](https://x.y)", "https://h/r", "v1")
     assert shown == "[a](https://h/r/blob/v1/b.md) ![p](https://h/r/raw/v1/q.png) [w](https://x.y)"
+
+
+def test_cards_of_checkpoints_say_what_was_measured(root):
+    "Run `python tests/model_cards.py` after a checkpoint or the evidence has changed."
+    from model_cards import cards
+
+    for path, text in cards(root).items():
+        assert path.read_text() == text, path
+        assert "apache-2.0" in text and "More Information Needed" not in text
