@@ -265,7 +265,7 @@ def test_the_page_moves_and_the_json_is_json(world, shipped, tmp_path):
 def test_evaluation_goes_on_and_any_number_of_processes_agrees(
     world, shipped, tmp_path, monkeypatch
 ):
-    protocol = uniform("heldout", split="train")
+    protocol = uniform("heldout", split=None, samples=64)  # without held-out clips beside them
     calls = []
     measure = evaluate.measure_reconstructions
 
@@ -475,6 +475,7 @@ def test_evidence_with_several_codes_a_token(tmp_path):
 
     torch.manual_seed(0)
     shape = dict(encoder_depth=1, decoder_depth=1, codes_per_token=4, codebook_size=64)
+    shape |= dict(num_appearance=4, num_motion=12)
     tokenizer = DeRATokenizer(TokenizerConfig.preset("tiny", **shape)).eval()
     torch.nn.init.normal_(tokenizer.out.weight)  # an untrained one draws grey clips, all alike
     sizes = dict(vocab_size=64, num_tokens=tokenizer.num_codes, depth=1)

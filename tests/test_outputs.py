@@ -21,7 +21,7 @@ from dera.runtime.errors import InputError
 from dera.runtime.run_folder import RunFolder, claim_report, read_settings, write_atomic
 from dera.runtime.training_options import check_generator_training, check_tokenizer_training
 from dera.streams import load_tokenizer
-from dera.tools.cli import Audit, TrainTeachers, run_audit, run_train_teachers
+from dera.tools.cli import Audit, TrainTeachers, main, run_audit, run_train_teachers
 from dera.tools.demo import Demo, run_demo
 from dera.tools.prepare import prepare
 from dera.tools.sampling import Generate, file_stems, generate, learned
@@ -96,6 +96,22 @@ def test_a_report_of_something_else_stays(tmp_path, data, capsys):
     for wrong in tmp_path, tmp_path / "..", "", out / "below", tmp_path / ("n" * 300):
         with pytest.raises(InputError, match="name a file with --out|cannot write"):
             claim_report(wrong, {})
+
+
+def test_a_measurement_is_not_written_over(tmp_path):
+    out = tmp_path / "speed" / "render.json"
+    words = ["bench", "render", "--clips", "1", "--size", "16", "--repeats", "1"]
+
+    def bench(*more):
+        with pytest.raises(SystemExit) as end:
+            main([*words, *map(str, more)])
+        return end.value.code
+
+    assert bench("--out", out) == 0
+    first = out.read_bytes()
+    assert bench("--out", out) == 2 and bench(f"--out={out}") == 2
+    assert out.read_bytes() == first
+    assert bench("--out", out, "--fresh") == 0 and bench() == 0
 
 
 def test_a_run_writes_over_nothing_that_is_not_its_own(tmp_path):

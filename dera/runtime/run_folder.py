@@ -241,7 +241,7 @@ def _report_in(file):
 
 def claim_report(
     file: str | Path,  # a JSON file
-    about: dict,  # what of its content tells which question it answers
+    about: dict | None,  # what of its content tells which question it answers; None: never the same
     fresh: bool = False,  # replace whatever is there
 ):
     "Make the folder of a report; refuse to replace one of something else."
@@ -263,8 +263,8 @@ def claim_report(
         ) from None
     if is_folder:
         raise InputError(f"{shown} is a folder; name a file with --out")
-    about = json.loads(json.dumps(about))
-    is_same = all(found.get(key) == about[key] for key in about)
+    wanted = json.loads(json.dumps(about))
+    is_same = wanted is not None and all(found.get(key) == wanted[key] for key in wanted)
     if file.is_file() and not is_same and not fresh:
         raise InputError(
             f"{shown} is there and was made otherwise; add --fresh, or choose another --out"

@@ -327,13 +327,29 @@ def _generate(args):
 BENCHES = "render", "data", "tokenizers", "generate", "train"
 
 
+def _named(words, option):
+    "What is given for an option, '' where it is not named."
+    for word, following in zip(words, [*words[1:], ""]):
+        if word == option:
+            return following
+        if word.startswith(f"{option}="):
+            return word.removeprefix(f"{option}=")
+    return ""
+
+
 def _bench(args):
     if not args or args[0] not in {*BENCHES, "-h", "--help"}:
         got = args[0] if args else "nothing"
         raise InputError(f"bench measures one of {', '.join(BENCHES)}; got {got}")
+    from dera.runtime.run_folder import claim_report
     from dera.tools import bench
 
-    print(bench.table(bench.command(args, _described("bench"))))
+    text = f"{_described('bench')} --fresh replaces the file of an earlier measurement."
+    words = [word for word in args if word != "--fresh"]
+    out = _named(words, "--out")
+    if out:
+        claim_report(out, None, fresh="--fresh" in args)
+    print(bench.table(bench.command(words, text)))
 
 
 def _completion(args):
