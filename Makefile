@@ -1,12 +1,17 @@
 # make setup | demo | test | test-slow | format | style | lab | export | clean.   Options: PYTHON=python3.12  ARGS="--seed 1"
+# make test JOBS=2 THREADS=1: so many of its parts run side by side (the two halves of the notebooks, then as many
+# processes of pytest), each with so many threads of torch; JOBS=1 THREADS=2 takes one after another.
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.dera-installed
-THREADS ?= 2
+JOBS ?= 2
+THREADS ?= 1
+# parts that run side by side print one after another, where make knows how
+SYNC := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 unexport MPLBACKEND
 
-.PHONY: site setup demo test test-slow test-style test-tree test-notebooks test-pytest format style lab export clean
+.PHONY: site setup demo test test-slow test-style test-tree test-notebooks test-lessons test-rooms test-pytest format style lab export clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -24,7 +29,11 @@ demo: setup
 
 # Every part runs even if an earlier one fails; each prints its time; the exit code tells whether all passed.
 test: setup
-	@$(MAKE) --no-print-directory -k -j1 test-style test-tree test-notebooks test-pytest
+	@failed=0; \
+	$(MAKE) --no-print-directory -k -j$(JOBS) $(SYNC) test-style test-tree || failed=1; \
+	$(MAKE) --no-print-directory test-notebooks || failed=1; \
+	$(MAKE) --no-print-directory test-pytest || failed=1; \
+	exit $$failed
 
 timed = start=$$SECONDS; $(2); code=$$?; echo "== $(1): $$((SECONDS - start)) s, $$([ $$code = 0 ] && echo passed || echo FAILED)"; exit $$code
 
@@ -35,12 +44,23 @@ test-style: setup
 test-tree: setup
 	@$(call timed,the committed tree is what the notebooks export,$(BIN)/python tests/check_tree.py)
 
+nbdev_test = OMP_NUM_THREADS=$(THREADS) $(BIN)/nbdev_test --n_workers 1 --do_print --timing $(NBFLAGS)
+# nbdev passes over folders whose names begin like this
+ROOMS := runtime|tools|solutions
+
 test-notebooks: setup
-	@$(call timed,notebooks,OMP_NUM_THREADS=$(THREADS) $(BIN)/nbdev_test --n_workers 1 --do_print --timing $(NBFLAGS))
+	@$(MAKE) --no-print-directory -k -j$(JOBS) $(SYNC) test-lessons test-rooms
 	@$(if $(findstring slow,$(NBFLAGS)),,grep -rlE --include='*.ipynb' '"#\| *(slow|gpu)' nbs | sed 's/^/cells flagged slow or gpu were left out of /' || true)
 
+test-lessons: setup
+	@$(call timed,notebooks of the lessons,$(nbdev_test) --path nbs --skip_folder_re '^([_.]|($(ROOMS))$$)')
+
+test-rooms: setup
+	@$(call timed,notebooks of the rooms and the solutions,failed=0; for room in $(subst |, ,$(ROOMS)); do $(nbdev_test) --path nbs/$$room || failed=1; done; (exit $$failed))
+
+# Modules stay whole, as their tests share what takes long to make.
 test-pytest: setup
-	@$(call timed,pytest,OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -rs --durations=10 tests $(ARGS))
+	@$(call timed,pytest,OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest $(if $(filter 1,$(JOBS)),,-n $(JOBS) --dist loadfile --no-loadscope-reorder) -rs --durations=10 tests $(ARGS))
 
 # The same notebooks with the cells flagged slow, which `make test` leaves out.
 test-slow: setup

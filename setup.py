@@ -1,5 +1,6 @@
 "The package as settings.ini describes it; the shipped checkpoints travel inside the wheel as dera/checkpoints."
 
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -22,6 +23,23 @@ def read(name):
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
+def for_the_index(text, repository, version):
+    """The README as the package index shows it: links to files of the repository are absolute.
+
+    Where settings.ini names no `git_url`, a link keeps its words alone, and a picture is left out."""
+
+    def absolute(match):
+        mark, words, target = match.groups()
+        if re.match(r"https?:|#|mailto:", target):
+            return match[0]
+        if not repository:
+            return "" if mark else words
+        kind = "raw" if mark else "blob"
+        return f"{mark}[{words}]({repository.rstrip('/')}/{kind}/{version}/{target})"
+
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", absolute, text)
+
+
 shipped = [
     p.relative_to(here / "data")
     for p in sorted((here / "data" / "checkpoints").glob("**"))
@@ -34,7 +52,7 @@ setup(
     version=cfg["version"],
     description=cfg["description"],
     keywords=cfg["keywords"].split(),
-    long_description=read("README.md"),
+    long_description=for_the_index(read("README.md"), cfg["git_url"], f"v{cfg['version']}"),
     long_description_content_type="text/markdown",
     author=cfg["author"],
     license="Apache-2.0",

@@ -74,7 +74,7 @@ def _check_modality(teacher, wanted):
             f"{teacher.name} is a teacher of {teacher.modality}; one of {wanted} is needed there"
         )
 
-
+# %% ../nbs/06_foundation_alignment.ipynb #teacher-features-both
 @torch.no_grad()
 def teacher_features(
     image_teacher,  # a `Teacher`; None: not used
@@ -146,7 +146,7 @@ class Alignment(nn.Module):
             raise InputError(f"this tokenizer has no {stream} stream; leave its teacher out")
         return projector
 
-
+# %% ../nbs/06_foundation_alignment.ipynb #zero-beside
 def _zero_beside(encoded):
     "A float32 zero on the device of what was encoded."
     tensors = [value for value in encoded if isinstance(value, torch.Tensor)]

@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .pocket import PocketClips
+from .runtime.checks import check_whole
 from .runtime.containers import VideoInfo, probe  # noqa: F401
 from .runtime.errors import InputError
 from dera.runtime.manifests import (  # noqa: F401
@@ -63,6 +64,7 @@ def frame_indices(
     seed: int | None = None,  # draws the start of `native`; None: the centred window
 ) -> np.ndarray:  # (clips, T) int64; one clip unless `all`
     "Which frames make a clip; where the file is too short its last frame repeats."
+    check_whole(num_frames=num_frames)
     if min(available, num_frames) < 1:
         raise InputError(
             f"{available} frames in the file and num_frames {num_frames} for a clip; "
@@ -334,6 +336,7 @@ def loader(
     **options,  # of torch's DataLoader; persistent and pinned (with CUDA) unless told otherwise
 ) -> DataLoader:  # yields dicts of batched `video`, `label` and `path`
     "Batches whose order depends on the seed and the epoch only."
+    check_whole(batch_size=batch_size)
     if batch_size < 1 or (shuffle and batch_size > len(clips)):
         raise InputError(
             f"a batch of {batch_size} cannot be filled from {len(clips)} clips; "

@@ -91,8 +91,8 @@ class Factors:
 def _check(**values):
     "Every value must be a whole number of at least 1."
     for name, value in values.items():
-        if not hasattr(value, "__index__") or value < 1:
-            raise InputError(f"{name} is {value}; give a whole number of at least 1")
+        if not hasattr(value, "__index__") or not 1 <= value < 2**31:
+            raise InputError(f"{name} is {value}; give a whole number of at least 1, below 2**31")
 
 
 _MULTIPLIERS = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 0x9E3779B97F4A7C15)
@@ -117,6 +117,8 @@ def sample_factors(
 ) -> Factors:  # n values a field, all independent
     "Draw factors; entry i depends on the seed and i, never on n."
     _check(n=n)
+    if not hasattr(seed, "__index__"):
+        raise InputError(f"seed is {seed}; give a whole number")
     if level not in LEVELS:
         raise InputError(f"unknown level {level!r}; choose one of {', '.join(LEVELS)}")
     textures, backgrounds = LEVELS[level]
@@ -225,7 +227,7 @@ def _factors_file(factors, names, asked):
     np.savez(content, names=np.array(names), **asked, **values)
     return content.getvalue()
 
-
+# %% ../nbs/01_pocket_world.ipynb #test-lists
 def _test_lists(factors):
     "For each split, which clips are kept for testing; split 3 of a plain world keeps none."
     lists = {}
@@ -234,7 +236,7 @@ def _test_lists(factors):
         lists[split] = [False] * len(factors) if is_empty else held_out(factors, split).tolist()
     return lists
 
-
+# %% ../nbs/01_pocket_world.ipynb #write-dataset-files
 def write_dataset(
     root: str | Path,  # folder to fill
     n: int,  # number of clips

@@ -101,7 +101,7 @@ def cut_into_groups(
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     return z.reshape(*z.shape[:-2], z.shape[-2] * codes_per_token, width)
 
-
+# %% ../nbs/08_quantization.ipynb #join-groups
 def join_groups(
     groups: torch.Tensor,  # (B, L * codes_per_token, width)
     codes_per_token: int,
@@ -265,8 +265,9 @@ class FSQ(nn.Module):
         codes_per_token: int = 1,  # groups into which a latent is cut
     ):
         super().__init__()
-        if not len(levels) or min(levels) < 2:
-            raise InputError(f"every coordinate needs 2 levels or more, got {levels}")
+        whole = all(isinstance(level, int) for level in levels)
+        if not whole or not len(levels) or min(levels) < 2:
+            raise InputError(f"every coordinate needs 2 whole levels or more, got {levels}")
         if codes_per_token < 1:
             raise InputError(f"codes_per_token must be 1 or more, got {codes_per_token}")
         self.size = math.prod(levels)

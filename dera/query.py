@@ -43,7 +43,7 @@ def patchify(
         raise InputError(f"a {T}x{H}x{W} clip does not divide into {t}x{p}x{p} patches")
     return rearrange(video, "b c (n t) (h p) (w q) -> b (n h w) (t p q c)", t=t, p=p, q=p)
 
-
+# %% ../nbs/03_query_tokenization.ipynb #unpatchify
 def unpatchify(
     patches: torch.Tensor,  # (B, N, t*p*p*3)
     grid: tuple[int, int, int],  # patches along time, height, width
@@ -71,7 +71,7 @@ def sincos_positions(
     code = torch.cat(codes, -1)
     return F.pad(code, (0, dim - code.shape[1]))
 
-
+# %% ../nbs/03_query_tokenization.ipynb #summed-positions
 def summed_positions(
     grid: tuple,  # positions along each axis
     dim: int,  # width
@@ -81,7 +81,7 @@ def summed_positions(
     places = torch.meshgrid(*[torch.arange(n) for n in grid], indexing="ij")
     return sum(code[place.flatten()] for code, place in zip(codes, places))
 
-
+# %% ../nbs/03_query_tokenization.ipynb #gaussian-positions
 def gaussian_positions(
     grid: tuple,  # (time, height, width)
     dim: int,  # width
@@ -105,14 +105,14 @@ class Encoded(NamedTuple):
     motion: torch.Tensor  # E_m (B, L_t, dim), encoder outputs at the clip's patches
     quantizer_loss: torch.Tensor  # scalar
 
-
+# %% ../nbs/03_query_tokenization.ipynb #tokenizer-output
 class TokenizerOutput(NamedTuple):
     "What `forward` returns: the reconstruction and all that `encode` returned."
 
     video: torch.Tensor  # (B, 3, T, H, W)
     encoded: Encoded
 
-
+# %% ../nbs/03_query_tokenization.ipynb #num-appearance
 def num_appearance_codes(
     config,  # of a tokenizer: `num_appearance`, and `codes_per_token` where a token has several
 ) -> int:
@@ -131,7 +131,7 @@ def start_positions(
         return summed_positions(config.grid, config.dim)
     return sincos_positions(config.grid, config.dim)
 
-
+# %% ../nbs/03_query_tokenization.ipynb #make-quantizer
 def make_quantizer(
     config: TokenizerConfig,  # sizes, quantiser and start values
 ) -> nn.Module:
@@ -146,7 +146,7 @@ def make_quantizer(
         config.codebook_size, config.latent_dim, config.temperature, **options
     )
 
-
+# %% ../nbs/03_query_tokenization.ipynb #make-transformer
 def make_transformer(
     config: TokenizerConfig,  # sizes, quantiser and start values
     depth: int,  # blocks
@@ -325,7 +325,7 @@ def coarse_queries(
     table = F.interpolate(table, size=length, mode="linear", align_corners=True)
     return table.permute(2, 0, 1).flatten(0, 1)
 
-
+# %% ../nbs/03_query_tokenization.ipynb #query-tokenizer
 class QueryTokenizer(BaseTokenizer):
     "Tokens are the encoder's outputs at learned queries over the whole clip (Fig. 1b, LARP)."
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ARConfig', 'appearance_steps', 'codes_at', 'work', 'learning_rate', 'rows_loss', 'held_out_loss', 'label_factors',
-           'wrong_labels', 'held_out_losses', 'TrainingState', 'build_state', 'set_rates', 'train_step', 'token_rows',
-           'tokenize_dataset', 'train_loop', 'whole_generator', 'begin', 'check_order', 'train_generator',
-           'source_opener', 'training_clips', 'refuse_other_source', 'generator_shape', 'train_from_videos', 'Options',
-           'command', 'main', 'RUNS', 'TIMES', 'batch_rows', 'build_optimizers', 'check_run', 'fingerprint',
-           'load_tokens', 'mirror_labels', 'training_data']
+           'wrong_labels', 'held_out_losses', 'starting_weights', 'TrainingState', 'build_state', 'set_rates',
+           'train_step', 'token_rows', 'tokenize_dataset', 'train_loop', 'whole_generator', 'begin', 'check_order',
+           'train_generator', 'source_opener', 'training_clips', 'refuse_other_source', 'generator_shape',
+           'train_from_videos', 'Options', 'command', 'main', 'RUNS', 'TIMES', 'batch_rows', 'build_optimizers',
+           'check_run', 'fingerprint', 'load_tokens', 'mirror_labels', 'training_data']
 
 # %% ../nbs/12_ar_training.ipynb #imports
 import functools
@@ -30,14 +30,14 @@ from .ar import Generator, GeneratorConfig, frame_prefix
 from .data import open_clips
 from .pocket import CLASSES, MOTIONS, SHAPES
 from .query import num_appearance_codes
-from .runtime.checkpoints import fingerprint, refuse_other_run
+from .runtime.checkpoints import fingerprint, load_model, refuse_other_run
 from .runtime.commands import run_command
 from .runtime.devices import autocast
 from .runtime.engine import CheckpointWriter, apply_gradients, require_same_start
 from .runtime.errors import InputError
 from .runtime.optimizers import build_generator_optimizers as build_optimizers
 from .runtime.progress import progress as show_progress
-from .runtime.run_folder import RunFolder
+from .runtime.run_folder import RunFolder, read_settings
 from .runtime.sharding import asks_for_sharding, distribute, gradients_stay, unwrapped, whole
 from .runtime.token_files import described, new_description
 from dera.runtime.token_set import (
@@ -135,7 +135,7 @@ def appearance_steps(config: ARConfig) -> int:
         return round(config.appearance_steps * config.steps)
     return int(config.appearance_steps)
 
-
+# %% ../nbs/12_ar_training.ipynb #codes-at
 def codes_at(
     step: int,  # from 0
     config: ARConfig,
@@ -155,7 +155,7 @@ def work(
     share = config.generator.appearance_tokens / config.generator.num_tokens
     return short * share + steps - short
 
-
+# %% ../nbs/12_ar_training.ipynb #learning-rate
 def learning_rate(
     step: int,  # from 0
     config: ARConfig,
@@ -226,7 +226,7 @@ def label_factors(
         return dict(shape=len(SHAPES), motion=len(MOTIONS))
     return {}
 
-
+# %% ../nbs/12_ar_training.ipynb #wrong-labels
 def wrong_labels(
     labels: torch.Tensor,  # (N,) int64
     num_classes: int,
@@ -263,6 +263,20 @@ def held_out_losses(
         line[f"val_nats_wrong_{name}"] = loss * length
     return line
 
+# %% ../nbs/12_ar_training.ipynb #init
+def starting_weights(
+    config: ARConfig,  # with `init`
+) -> dict[str, torch.Tensor]:
+    "Weights of the generator that `init` names; refused where its shape is another."
+    given = load_model(Generator, config.init)
+    then, now = asdict(given.config), asdict(config.generator)
+    free = {"tokenizer", "dropout", "class_dropout"}
+    others = [name for name in now if name not in free and then[name] != now[name]]
+    if others:
+        said = ", ".join(f"{name} {then[name]} and not {now[name]}" for name in others[:3])
+        raise InputError(f"the generator in {config.init} has {said}; choose another --init")
+    return given.state_dict()
+
 # %% ../nbs/12_ar_training.ipynb #state
 @dataclass
 class TrainingState:
@@ -291,7 +305,7 @@ class TrainingState:
         )
         return {name: part for name, part in found.items() if part is not None}
 
-
+# %% ../nbs/12_ar_training.ipynb #build-state
 def build_state(
     config: ARConfig,
     device: torch.device,
@@ -299,7 +313,10 @@ def build_state(
 ) -> TrainingState:
     "A generator at the start of its training."
     torch.manual_seed(config.seed)
-    model = Generator(config.generator).train().to(device)
+    model = Generator(config.generator)
+    if config.init:
+        model.load_state_dict(starting_weights(config))
+    model.train().to(device)
     ema = None
     if config.ema:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
@@ -332,7 +349,7 @@ def set_rates(
         for group in optimizer.param_groups:
             group["lr"] = rate / config.lr * highest
 
-
+# %% ../nbs/12_ar_training.ipynb #train-step
 def train_step(
     config: ARConfig,
     state: TrainingState,
@@ -476,7 +493,7 @@ def whole_generator(
     model.load_state_dict(weights)
     return model
 
-
+# %% ../nbs/12_ar_training.ipynb #begin-run
 def begin(
     config: ARConfig,
     run,  # `TrainingRun`
@@ -527,7 +544,7 @@ def check_order(config: ARConfig):
             "appearance_steps needs generator.appearance_tokens, the number of appearance codes"
         )
 
-
+# %% ../nbs/12_ar_training.ipynb #train-generator
 def train_generator(
     config: ARConfig,
     tokens,  # (clips, views, L) or (clips, L) integers; with a prefix, its tokens come first
@@ -613,7 +630,7 @@ def training_clips(
     split_rows(config, len(clips), config.windows * (1 + config.flips))
     return clips
 
-
+# %% ../nbs/12_ar_training.ipynb #refuse-other-source
 def refuse_other_source(run: Path, config: ARConfig):
     "Refuse to write other tokens into a run that has begun, or over those of another tokenizer."
     file = run / "tokens.npy"
@@ -627,8 +644,8 @@ def refuse_other_source(run: Path, config: ARConfig):
     if not (run / "checkpoint.safetensors").exists() or not begun.exists():
         return
     try:
-        saved = json.loads(begun.read_text())
-    except ValueError:
+        saved = read_settings(begun)
+    except (ValueError, OSError):
         return  # the checkpoint says it all again
     names = ["data", "split", "sampling", "windows", "flips", "condition_frames", "seed"]
     names.append("generator")
@@ -648,11 +665,14 @@ def generator_shape(
 ) -> GeneratorConfig:
     "The generator's configuration with what tokenizer and data decide."
     codes = tokenizer.num_codes
-    factors = ()
-    if config.factored_classes and not config.condition_frames:
+    shape, factors = config.generator, ()
+    if config.init:
+        shape = load_model(Generator, config.init).config
+        factors = shape.class_factors
+    elif config.factored_classes and not config.condition_frames:
         factors = tuple(label_factors(classes).values())
     return replace(
-        config.generator,
+        shape,
         vocab_size=tokenizer.config.codebook_size,
         num_tokens=codes,
         num_classes=max(1, len(classes)),
@@ -662,7 +682,7 @@ def generator_shape(
         tokenizer=fingerprint(tokenizer),
     )
 
-
+# %% ../nbs/12_ar_training.ipynb #train-from-videos
 def train_from_videos(
     config: ARConfig,
     progress: Callable = show_progress,  # a tqdm-like wrapper
@@ -724,7 +744,7 @@ class Options(ARConfig):
     )
     fresh: bool = False  # start afresh instead of going on; tokens are kept
 
-
+# %% ../nbs/12_ar_training.ipynb #command-words
 def command(
     args: list,  # words after `dera train-ar`
 ):
@@ -742,7 +762,7 @@ def command(
     if is_first_process():
         print(f"generator saved in {Path(config.out) / 'generator'}")
 
-
+# %% ../nbs/12_ar_training.ipynb #main-entry
 def main(
     args: list | None = None,  # default: the command line
 ):

@@ -313,7 +313,7 @@ def reconstruction_terms(
         terms["prior"] = scale * config.prior_weight * log["prior"]
     return terms, log
 
-
+# %% ../nbs/10_tokenizer_training.ipynb #prior-loss
 def prior_loss(
     config: TokenizerTraining,
     state: TokenizerState,
@@ -356,7 +356,7 @@ def alignment_terms(
         terms["soft"] = SoftConflict(config.soft_weight)(loss_a, loss_m, encoder)
     return terms, log
 
-
+# %% ../nbs/10_tokenizer_training.ipynb #all-losses
 def losses(
     config: TokenizerTraining,
     state: TokenizerState,
@@ -501,7 +501,7 @@ def source_opener(
 
     return open_source
 
-
+# %% ../nbs/10_tokenizer_training.ipynb #training-clips
 def training_clips(
     config: TokenizerTraining,
     shape: TokenizerConfig,  # of the tokenizer
@@ -509,7 +509,7 @@ def training_clips(
     "The clips to learn from."
     return find_training_clips(config, source_opener(config, shape))
 
-
+# %% ../nbs/10_tokenizer_training.ipynb #validation-clips
 def validation_clips(
     config: TokenizerTraining,
     shape: TokenizerConfig,  # of the tokenizer
@@ -655,7 +655,7 @@ class Options(TokenizerTraining):
     out: str = "runs/tokenizer"  # run folder
     fresh: bool = False  # start afresh instead of going on from the last checkpoint
 
-
+# %% ../nbs/10_tokenizer_training.ipynb #command-words
 def command(
     args: list,  # words after `dera train-tokenizer`
 ):
@@ -670,7 +670,7 @@ def command(
     if is_first_process():
         print(f"tokenizer saved in {Path(out) / 'tokenizer'}")
 
-
+# %% ../nbs/10_tokenizer_training.ipynb #main-entry
 def main():
     "Entry of `accelerate launch -m dera.train_tokenizer`, the same as `dera train-tokenizer`."
     note = "the same command goes on from what is done"

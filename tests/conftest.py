@@ -12,6 +12,8 @@ for name, value in dict(
 ).items():
     os.environ.setdefault(name, value)
 ROOT = Path(__file__).resolve().parent.parent
+# the files that take longest, so that no process is left with one of them at the end
+LONGEST = ("site", "train_tokenizer", "train_ar", "demo", "evaluate", "cli", "reading", "hygiene")
 
 
 @pytest.fixture
@@ -34,6 +36,12 @@ def dera():
         )
 
     return run
+
+
+def pytest_collection_modifyitems(items):
+    "Longest files first; within a file the order stays."
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def pytest_terminal_summary(terminalreporter):

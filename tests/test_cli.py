@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -622,9 +623,9 @@ def test_audit_and_prepare(data, tmp_path):
         in dera("prepare", root, tmp_path / "small", "--size", 16).stdout
     )
     refused(dera("audit", "--out", out), "name the data")
-    refused(dera("audit", tmp_path / "nowhere", "--out", out), "nowhere")
+    refused(dera("audit", tmp_path / "nowhere", "--out", tmp_path / "n.json"), "nowhere")
     refused(dera("prepare", root, root / "within"), "elsewhere")
-    refused(dera("prepare", root, tmp_path / "small", "--size", 24), "another folder")
+    refused(dera("prepare", root, tmp_path / "small", "--size", 24), "--fresh", "another folder")
 
 
 def test_bench(tmp_path):
@@ -646,25 +647,72 @@ def test_bench(tmp_path):
 def test_bench_train(tmp_path):
     from dera.tools.bench import bench_train, table
 
-    result, half = (
-        bench_train("tiny", 2, 1, precision="no", out=str(tmp_path / "t.json")),
-        bench_train("tiny", 1, 1, precision="no", teachers=False),
-    )
-    assert (
-        json.loads((tmp_path / "t.json").read_text()) == result
-        and "bench train --preset tiny --batch 2" in table(result)
-        and "--no-teachers" in half["command"]
-    )
-    full, bare = ({r["part"]: r for r in found["rows"]} for found in (result, half))
+    result = bench_train("tiny", 2, 1, precision="no", out=str(tmp_path / "t.json"))
+    half = bench_train("tiny", 1, 1, precision="no", teachers=False)
+    assert json.loads((tmp_path / "t.json").read_text()) == result
+    assert "bench train --preset tiny --batch 2" in table(result)
+    assert "--no-teachers" in half["command"]
+    full, bare = ({row["part"]: row for row in found["rows"]} for found in (result, half))
     parts = "encoder", "decoder", "teachers", "perceptual", "discriminator", "SACP", "optimiser"
-    assert all(full[p]["seconds"] > 0 for p in (*parts, "data")) and {
-        p for p in parts if bare[p]["seconds"] is None
-    } == {"teachers", "SACP"}
+    assert all(full[part]["seconds"] > 0 for part in (*parts, "data"))
+    missing = {part for part in parts if bare[part]["seconds"] is None}
+    assert missing == {"teachers", "SACP"}
     for rows in full, bare:
-        assert sum(rows[p]["share"] or 0 for p in (*parts, "rest")) == pytest.approx(1)
-    for p in "decoder", "perceptual", "discriminator":
-        assert full[p]["teraflop"] == pytest.approx(2 * bare[p]["teraflop"])
+        shares = [rows[part]["share"] or 0 for part in (*parts, "rest")]
+        assert sum(shares) == pytest.approx(1)
+    for part in "decoder", "perceptual", "discriminator":
+        assert full[part]["teraflop"] == pytest.approx(2 * bare[part]["teraflop"])
     assert full["step"]["mfu_matmul"] > 0 and full["step"]["mfu_nominal"] is None
+
+
+@pytest.mark.parametrize("shape", [dict(), dict(dim=96, decoder_depth=2, num_motion=32)], ids=str)
+def test_operations_of_the_decoder_by_hand(shape):
+    "Three times each product of matrices; attention's two and, backward, five."
+
+    from dera.streams import DeRATokenizer, TokenizerConfig
+    from dera.tools.step_in_parts import operation_counter
+
+    config = TokenizerConfig.preset("tiny", **shape)
+    latents = torch.rand(1, config.num_tokens, config.latent_dim, requires_grad=True)
+    tokenizer = DeRATokenizer(config)
+    with operation_counter() as counter:
+        tokenizer.decode(latents).sum().backward()
+    d, depth = config.dim, config.decoder_depth
+    patches = math.prod(config.grid)
+    n = patches + config.num_tokens
+    blocks = depth * 24 * n * d * d
+    ends = 2 * config.num_tokens * config.latent_dim * d
+    ends += 2 * patches * d * 3 * config.patch_t * config.patch_p**2
+    by_hand = 3 * (blocks + ends) + 3.5 * depth * 4 * n * n * d
+    assert counter.get_total_flops() == pytest.approx(by_hand, rel=0.01)
+
+
+def test_nominal_peaks_by_the_names_that_cards_have():
+    from dera.tools.training_speed import nominal_peak
+
+    for card, teraflops in {
+        "NVIDIA H100 80GB HBM3": 989,
+        "NVIDIA H100 PCIe": 756,
+        "NVIDIA H100 NVL": 836,
+        "NVIDIA H200": 989,
+        "NVIDIA A100-SXM4-40GB": 312,
+        "NVIDIA A100 80GB PCIe": 312,
+        "NVIDIA L40S": 362,
+    }.items():
+        assert nominal_peak(card) == teraflops * 1e12, card
+    assert nominal_peak("Tesla V100-SXM2-16GB") is None
+
+
+def test_bench_names_what_it_does_not_know():
+    from dera.tools.bench import bench_generate, bench_train
+
+    wrong = [dict(preset="huge"), dict(batch=0), dict(precision="fp8")]
+    for changes in wrong:
+        with pytest.raises(InputError):
+            bench_train(**dict(preset="tiny") | changes)
+    for changes in dict(sizes=["1B"]), dict(batches=[0]), dict(precision="fp64"):
+        with pytest.raises(InputError):
+            bench_generate(**changes)
 
 
 def test_the_five_lines_of_the_readme(tmp_path, monkeypatch, root):

@@ -19,6 +19,7 @@ from dera.quantize import codebook_stats
 from dera.runtime.checkpoints import checkpoint_path, load_model
 from dera.runtime.errors import InputError
 from dera.tools import evaluate
+from dera.tools import evaluate_generator as evaluate_generator_room
 from dera.tools.evaluate import (
     evaluate_generator,
     evaluate_prediction,
@@ -264,7 +265,7 @@ def test_the_page_moves_and_the_json_is_json(world, shipped, tmp_path):
 def test_evaluation_goes_on_and_any_number_of_processes_agrees(
     world, shipped, tmp_path, monkeypatch
 ):
-    protocol = uniform("heldout", split="train")
+    protocol = uniform("heldout", split=None, samples=64)  # without held-out clips beside them
     calls = []
     measure = evaluate.measure_reconstructions
 
@@ -372,7 +373,7 @@ def test_evaluate_generator(world, shipped, drawing, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         pytest.fail("the reference was computed again")
 
-    monkeypatch.setattr(evaluate, "measure_real", fail)
+    monkeypatch.setattr(evaluate_generator_room, "measure_real", fail)
     again = evaluate_generator(drawing, shipped, world, tmp_path / "a", protocol, guidance=1.5)
     assert again["values"] == result["values"]
     other = copy.deepcopy(drawing)
@@ -474,6 +475,7 @@ def test_evidence_with_several_codes_a_token(tmp_path):
 
     torch.manual_seed(0)
     shape = dict(encoder_depth=1, decoder_depth=1, codes_per_token=4, codebook_size=64)
+    shape |= dict(num_appearance=4, num_motion=12)
     tokenizer = DeRATokenizer(TokenizerConfig.preset("tiny", **shape)).eval()
     torch.nn.init.normal_(tokenizer.out.weight)  # an untrained one draws grey clips, all alike
     sizes = dict(vocab_size=64, num_tokens=tokenizer.num_codes, depth=1)

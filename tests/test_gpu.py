@@ -162,7 +162,8 @@ def test_tokenizer_training_resumes(tmp_path):
     parts = train_tokenizer(config, tmp_path / "parts")
     for name, value in whole.state_dict().items():
         assert torch.allclose(parts.state_dict()[name], value, atol=1e-2), name
-    steps = [json.loads(line)["step"] for line in open(tmp_path / "parts" / "log.jsonl")]
+    log = (tmp_path / "parts" / "log.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in log]
     assert steps == [1, 2, 3, 4, 5, 6]
 
 

@@ -634,3 +634,37 @@ def test_tree_check_finds_what_changed(tmp_path):
     assert (
         check_tree.files(tmp_path) == broken and broken["nbs/01_small.ipynb"] == book
     )  # looking changes nothing
+
+
+def test_the_version_is_one(root):
+    import dera
+
+    settings = (root / "settings.ini").read_text()
+    version = re.search(r"^version = (.+)$", settings, re.M)[1]
+    cited = re.search(r"^version: (.+)$", (root / "CITATION.cff").read_text(), re.M)[1]
+    dated = re.search(r"^## ([\d.]+), \d{4}-\d\d-\d\d$", (root / "CHANGELOG.md").read_text(), re.M)[
+        1
+    ]
+    assert dera.__version__ == version == cited == dated
+
+
+def test_the_package_index_sees_no_relative_link(root):
+    tree = ast.parse((root / "setup.py").read_text())
+    tree.body = [part for part in tree.body if getattr(part, "name", "") == "for_the_index"]
+    names = {"re": re}
+    exec(compile(tree, "setup.py", "exec"), names)
+    readme = (root / "README.md").read_text()
+    link = r"\]\((?!https?:|#|mailto:)[^)\s]+\)"
+    for repository in "", "https://example.org/dera":
+        assert not re.search(link, names["for_the_index"](readme, repository, "v1"))
+    shown = names["for_the_index"]("[a](b.md) ![p](q.png) [w](https://x.y)", "https://h/r", "v1")
+    assert shown == "[a](https://h/r/blob/v1/b.md) ![p](https://h/r/raw/v1/q.png) [w](https://x.y)"
+
+
+def test_cards_of_checkpoints_say_what_was_measured(root):
+    "Run `python tests/model_cards.py` after a checkpoint or the evidence has changed."
+    from model_cards import cards
+
+    for path, text in cards(root).items():
+        assert path.read_text() == text, path
+        assert "apache-2.0" in text and "More Information Needed" not in text

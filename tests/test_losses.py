@@ -739,7 +739,7 @@ def test_processes_drop_different_activations_and_go_on_alike(monkeypatch):
     prior, codes, indices, z = make_prior()
     found = {}
     for rank, world in (0, 1), (0, 2), (1, 2):
-        monkeypatch.setattr("dera.losses.world_size", lambda world=world: world)
+        monkeypatch.setattr("dera.runtime.prior.world_size", lambda world=world: world)
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         torch.manual_seed(7)
         losses = [prior(z, indices, codes, sampling=0.5).item() for _ in range(2)]

@@ -262,3 +262,17 @@ def test_the_hours_of_the_page_are_its_arithmetic(page, root):
     assert [cell.strip() for cell in row.split("|")[:3]] == [
         f"{h:.0f} h" for h in (8 * hours, hours, hours / 8)
     ]
+
+
+def test_what_was_measured_stands_on_the_page(page, root):
+    measured = {}
+    for clips in 8, 16, 32:
+        file = root / f"nbs/results/bench-train-gpu-{clips}.json"
+        rows = {row["part"]: row for row in json.loads(file.read_text())["rows"]}
+        measured[clips] = rows["step"]
+        assert f"{rows['step']['gigabytes']:.1f} GB with {clips}" in page
+    rate = measured[16]["clips_per_second"]
+    hours = 75 * (9_537 + 392_622) / rate / 3600
+    row = re.search(r"^\| tokenizer, by a measured step \|(.*)$", page, re.M)[1]
+    assert [cell.strip() for cell in row.split("|")[:2]] == [f"{hours:.0f} h", f"{hours / 8:.0f} h"]
+    assert f"{rate:.1f} clips a second" in page

@@ -279,7 +279,7 @@ codes = Codes()
 tokenize_dataset(codes, Noise(), out / "tokens.npy", **OPTIONS)
 (out / ("clips" + os.environ.get("RANK", ""))).write_text(str(codes.clips))
 run = config(
-    steps=10, dropout=0.0, class_dropout=0.0, ema=0.9, log_every=1, val_every=5, accumulate={parts}
+    steps=20, dropout=0.0, class_dropout=0.0, ema=0.9, log_every=1, val_every=5, accumulate={parts}
 )
 train_generator(run, *load_tokens(out / "tokens.npy"), out / "run", quiet, Codes())
 """
@@ -290,7 +290,7 @@ SHARDED = "os.environ.update(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2')\n"
 
 @pytest.mark.parametrize("way", ["", SHARDED], ids=["ddp", "fsdp2"])
 def test_two_processes_equal_one(way, whole, tmp_path):
-    "They share the tokenising, to the last bit; and the training, within rounding, over ten steps."
+    "They share the tokenising, to the last bit; and the training, within rounding, over twenty steps."
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     exec(BOTH.format(parts=2), globals() | dict(out=tmp_path / "one"))
@@ -315,7 +315,7 @@ def test_two_processes_equal_one(way, whole, tmp_path):
         int((tmp_path / "two" / f"clips{r}").read_text()) for r in (0, 1)
     ) == [97, 105]  # 7 batches of 8, the last of 2; 4 and 3 of each window; and one each
     one, two = (numbers(tmp_path / k / "run") for k in ("one", "two"))
-    assert len(one) == len(two) == 10 and "val_loss" in one[4]
+    assert len(one) == len(two) == 20 and "val_loss" in one[4]
     for a, b in zip(one, two):
         assert a.keys() == b.keys() and all(abs(a[k] - b[k]) < 1e-5 for k in a), (a, b)
     one, two = (
@@ -324,7 +324,7 @@ def test_two_processes_equal_one(way, whole, tmp_path):
     )
     assert (
         all((one[k] - two[k]).abs().max() < 1e-4 for k in one)
-        and (tmp_path / "two" / "run" / "samples" / "step-0000010.png").exists()
+        and (tmp_path / "two" / "run" / "samples" / "step-0000020.png").exists()
     )
 
 

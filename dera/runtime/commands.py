@@ -7,10 +7,12 @@ __all__ = ['tolerate_streams', 'run_command', 'parse_options', 'parse_preset', '
 
 # %% ../../nbs/runtime/commands.ipynb #imports
 import contextlib
+import errno
 import os
 import sys
 
 from .errors import InputError
+from .names import cause_of, printable
 
 # %% ../../nbs/runtime/commands.ipynb #run
 def tolerate_streams():
@@ -28,6 +30,21 @@ def _say(text):
         print(text, file=sys.stderr, flush=True)
 
 
+# what the machine refuses: room, permission, a name; anything else is a mistake of ours
+_REFUSALS = (
+    "ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "EROFS", "ENAMETOOLONG", "ENOTDIR", "EISDIR",
+    "EEXIST", "ELOOP", "EIO", "EMFILE", "ENFILE", "ENODEV", "ENXIO",
+)  # fmt: skip
+
+
+def _refusal(error):
+    "One line about an error of the operating system, or '' where it is a mistake of ours."
+    if errno.errorcode.get(error.errno) not in _REFUSALS:
+        return ""
+    place = f"{printable(error.filename)}: " if error.filename else ""
+    return f"{place}{cause_of(error)}; check the path, its permissions and the room on the disk"
+
+
 def run_command(
     command,  # a function without arguments; a number that it returns is the exit code
     note: str = "",  # what Ctrl-C leaves behind, unless the interrupt says it
@@ -42,6 +59,12 @@ def run_command(
         return 141
     except InputError as error:
         _say(f"dera: {error}")
+        return 2
+    except OSError as error:
+        line = _refusal(error)
+        if not line:
+            raise
+        _say(f"dera: {line}")
         return 2
     except KeyboardInterrupt as interrupt:
         left = str(interrupt) or note

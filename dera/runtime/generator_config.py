@@ -9,6 +9,7 @@ __all__ = ['PRESETS', 'GeneratorConfig']
 import math
 from dataclasses import dataclass
 
+from .checks import check_whole
 from .errors import InputError
 
 # %% ../../nbs/runtime/generator_config.ipynb #sizes
@@ -60,6 +61,17 @@ class GeneratorConfig:
 
     def __post_init__(self):
         self.class_factors = tuple(self.class_factors)
+        check_whole(
+            least=1,
+            vocab_size=self.vocab_size,
+            dim=self.dim,
+            depth=self.depth,
+            heads=self.heads,
+            num_tokens=self.num_tokens,
+        )
+        for name in ("dropout", "class_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it is a share from 0 to 1")
         if self.prefix_tokens:
             self.class_everywhere = False
             self.class_factors = ()

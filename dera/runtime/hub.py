@@ -18,10 +18,12 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file, save_model
 
 from .errors import InputError
+from .names import cause_of, printable
+from .run_folder import read_settings
 
 # %% ../../nbs/runtime/hub.ipynb #files
 FILES = "config.json", "model.safetensors"
@@ -41,11 +43,9 @@ def check_folder(
     for name in FILES:
         refuse_pointer(folder / name)
     try:
-        settings = json.loads((folder / "config.json").read_text("utf-8"))
+        read_settings(folder / "config.json")
     except ValueError as error:
         raise InputError(f"config.json is damaged ({error}); copy it again") from None
-    if not isinstance(settings, dict):
-        raise InputError("config.json is damaged (it holds no settings); copy it again")
 
 
 def refuse_pointer(
@@ -234,8 +234,14 @@ class HubModel(
         if self.class_names is not None:
             header["class_names"] = json.dumps(list(self.class_names))
         file = save_directory / "model.safetensors"
-        save_model(self, str(file), metadata=header)
-        sort_header(file)
+        try:
+            save_model(self, str(file), metadata=header)
+            sort_header(file)
+        except (OSError, SafetensorError) as error:
+            file.unlink(missing_ok=True)  # half of it
+            raise InputError(
+                f"cannot write {printable(file)} ({cause_of(error)}); make room or choose another folder"
+            ) from None
 
     def generate_model_card(self, *args, **kwargs):
         "The card that `save_pretrained` and `push_to_hub` write."

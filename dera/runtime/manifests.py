@@ -232,7 +232,7 @@ def _number_names(given):
 
 def _csv_labels(given):
     "Labels (-1 where nothing is given) and class names of a column."
-    if all(re.fullmatch(r"[0-9]+", label) for label in given):
+    if all(re.fullmatch(r"[0-9]{1,18}", label) for label in given):  # longer ones are names
         return number_classes([int(label) for label in given])
     return _number_names(given)
 
@@ -240,7 +240,13 @@ def _csv_labels(given):
 def _csv_rows(file):
     "Rows of a csv with the columns path and label."
     table = _read_csv(file)
-    labels, classes = _csv_labels([row["label"] or "" for row in table])
+    cut = [number for number, row in enumerate(table, 2) if row["label"] is None]
+    if cut:
+        raise InputError(
+            f"{printable(file)}, line {cut[0]}, has no label; is the file cut short? "
+            "A video of unknown class ends in a comma"
+        )
+    labels, classes = _csv_labels([row["label"] for row in table])
     rows = []
     for row, label in zip(table, labels, strict=True):
         path = file.parent / (row["path"] or "")
@@ -442,7 +448,8 @@ def parse_source(
     if weight is not None:
         weight = _weight(weight, spec, f"{kind}={path}" if kind else path)
     if not path:
-        raise InputError(f"no path in {spec}; write {kind}=PATH")
+        how = f"{kind}=PATH" if kind else "a path, or ucf101=PATH"
+        raise InputError(f"no path in {printable(repr(str(spec)))}; write {how}")
     if kind is None:
         return Source(_look(Path(path)), Path(path), weight)
     is_list = path.lower().endswith(".csv") and not Path(path).is_dir()

@@ -12,11 +12,15 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from .checks import check_whole
+
 # %% ../../nbs/runtime/orders.ipynb #hash
 def hash_numbers(
     *numbers: int,  # of any size, negative too
 ) -> list[int]:  # two random 64-bit integers
     "Two random integers that depend on nothing but these integers."
+    for number in numbers:
+        check_whole(seed=number)
     length_and_numbers = [len(numbers), *(int(number) % 2**64 for number in numbers)]
     words = np.array(length_and_numbers, np.uint64).view(np.uint32)
     return [int(word) for word in np.random.SeedSequence(words).generate_state(2, np.uint64)]

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .errors import InputError
-from .run_folder import write_atomic
+from .run_folder import read_settings, write_atomic
 
 # %% ../../nbs/runtime/token_files.ipynb #describe
 FORMAT = 2  # of the token file
@@ -63,9 +63,9 @@ def described(
         return {}
     advice = f"delete {path.name} and {file.name} to tokenise again"
     try:
-        about = json.loads(file.read_text())
+        about = read_settings(file)
         known = about["format"], about["fingerprint"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, OSError):
         raise InputError(f"{file} is cut short or damaged; {advice}") from None
     if known[0] != FORMAT:
         raise InputError(f"{path} was written by another version of dera; {advice}")
@@ -212,7 +212,7 @@ def remove_shards(
         for old in path.with_suffix(".json"), path:
             old.unlink(missing_ok=True)
         try:
-            if json.loads(about_file.read_text()) == unless:
+            if read_settings(about_file) == unless:
                 return
         except (OSError, ValueError):
             pass

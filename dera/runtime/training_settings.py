@@ -152,6 +152,7 @@ class Source:
 class GeneratorRun(Source):
     "Length, machine and record of a generator's training."
 
+    init: str = ""  # folder of a generator to start from; its shape is taken over
     steps: int = 400  # optimiser steps
     epochs: float = 0  # passes over the videos; above 0 it sets the steps
     accumulate: int = 1  # parts in which a process computes its share of the batch
@@ -191,7 +192,7 @@ GENERATOR_PRESETS = {
     "pocket": dict(generator="pocket", steps=4000, lr=1e-3, warmup=200, data="data/pocket"),
     "paper-ucf101": dict(
         PAPER_GENERATOR,
-        data="ucf101=data/UCF-101",
+        data="ucf101=data/ucf101",
         epochs=3000,
         steps=3000 * 9537 // 64,
         warmup=4 / 3000,
@@ -199,7 +200,7 @@ GENERATOR_PRESETS = {
     ),
     "paper-k600-fp": dict(
         PAPER_GENERATOR,
-        data="k600=data/K600",
+        data="k600=data/k600",
         epochs=75,
         steps=75 * 392_622 // 64,
         warmup=1 / 75,

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .checks import check_whole
 from .containers import Index, display_of, opened, refuse, survey
 from .errors import InputError
 from .names import cause_of, printable
@@ -210,8 +211,7 @@ def _say_once(path, reason):
 
 # %% ../../nbs/runtime/video.ipynb #load
 def _check_request(size, backend):
-    if size < 1:
-        raise InputError(f"size is {size}; a clip needs at least 1 pixel")
+    check_whole(least=1, size=size)
     if backend not in (None, "decord", "pyav"):
         raise InputError(f"unknown backend {backend!r}; choose decord or pyav")
     if backend == "decord" and not find_spec("decord"):

@@ -70,6 +70,10 @@ def write_video(
 ):
     "Write one clip as H.264, atomically."
     _check_video(video)
+    if not (0 < fps <= 1000 and 0 <= crf <= 51):
+        raise InputError(
+            f"fps is {fps} and crf {crf}; choose above 0 to 1000 frames a second, crf 0 to 51"
+        )
     path = Path(path)
     temporary = path.with_name(f".{short_name(path)}.part{path.suffix}")
     frames = (video.clamp(0, 1) * 255).round().byte().permute(1, 2, 3, 0).cpu().numpy()

@@ -128,14 +128,6 @@ def run_evaluate(
         print(f"the numbers and their pages are in {options.out}")
 
 # %% ../../nbs/tools/cli.ipynb #data
-def _make_room(file):
-    "Make the folder of a file, or say why it cannot be."
-    try:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write {file} ({error.strerror}); choose another --out") from None
-
-
 @dataclass
 class Audit:
     data: Positional[tuple[str, ...]] = ()  # ucf101=PATH, k600=PATH, folder=PATH, a csv or a path
@@ -144,18 +136,20 @@ class Audit:
     full: bool = False  # decode every frame, instead of the first num_frames
     workers: int = 0  # processes; 0: one per core
     out: str = "runs/audit.json"  # where to write the whole report
+    fresh: bool = False  # replace a report of other data
 
 
 def run_audit(
     options,  # as given on the command line
 ):
     from dera.runtime.progress import progress
-    from dera.runtime.run_folder import write_atomic
+    from dera.runtime.run_folder import claim_report, write_atomic
     from dera.tools.audit import audit, audit_table
 
     if not options.data:
         raise InputError("name the data, as in dera audit ucf101=PATH")
-    _make_room(options.out)
+    about = dict(source=list(options.data), split_id=options.split_id, full=options.full)
+    claim_report(options.out, about, options.fresh)
     report = audit(
         list(options.data),
         options.split_id,
@@ -178,6 +172,7 @@ class Prepare:
     crf: int = 12  # H.264 quality, smaller is better
     lossless: bool = False  # exact, in RGB; crf is not used
     workers: int = 0  # processes; 0: one per core
+    fresh: bool = False  # delete the copies that are there instead of going on
 
 
 def run_prepare(
@@ -196,6 +191,7 @@ def run_prepare(
         crf=options.crf,
         lossless=options.lossless,
         workers=options.workers or None,
+        fresh=options.fresh,
         progress=progress,
     )
     for bad in report["bad"]:
@@ -241,19 +237,34 @@ class TrainTeachers:
     video_steps: int = 1500  # of the video teacher
     seed: int = 0  # of weights and clips
     level: Literal["all", "plain", "textured", "busy"] = "all"  # of the clips they see
+    fresh: bool = False  # start over instead of going on
 
 
 def run_train_teachers(
     options,  # as given on the command line
 ):
+    from safetensors import SafetensorError
+
+    from dera.runtime.run_folder import RunFolder
+    from dera.runtime.training_options import start_afresh
     from dera.teachers import TeacherConfig, train_teacher
 
     out = Path(options.out)
     common = dict(seed=options.seed, level=options.level)
     image = TeacherConfig("image", options.image_steps, **common)
     video = TeacherConfig("video", options.video_steps, lr=1e-3, **common)
-    train_teacher(image, out / "image")
-    train_teacher(video, out / "video")
+    for config in image, video:
+        folder = out / config.modality
+        if options.fresh:
+            start_afresh(folder)
+        with RunFolder(folder).lock():
+            try:
+                train_teacher(config, folder)
+            except SafetensorError as error:
+                raise InputError(
+                    f"cannot write into {folder} ({error}); "
+                    "make room and give the same command again"
+                ) from None
 
 
 @dataclass
@@ -316,13 +327,29 @@ def _generate(args):
 BENCHES = "render", "data", "tokenizers", "generate", "train"
 
 
+def _named(words, option):
+    "What is given for an option, '' where it is not named."
+    for word, following in zip(words, [*words[1:], ""]):
+        if word == option:
+            return following
+        if word.startswith(f"{option}="):
+            return word.removeprefix(f"{option}=")
+    return ""
+
+
 def _bench(args):
     if not args or args[0] not in {*BENCHES, "-h", "--help"}:
         got = args[0] if args else "nothing"
         raise InputError(f"bench measures one of {', '.join(BENCHES)}; got {got}")
+    from dera.runtime.run_folder import claim_report
     from dera.tools import bench
 
-    print(bench.table(bench.command(args, _described("bench"))))
+    text = f"{_described('bench')} --fresh replaces the file of an earlier measurement."
+    words = [word for word in args if word != "--fresh"]
+    out = _named(words, "--out")
+    if out:
+        claim_report(out, None, fresh="--fresh" in args)
+    print(bench.table(bench.command(words, text)))
 
 
 def _completion(args):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EVIDENCE_SEED', 'Reconstruction', 'reconstruct_clips', 'reconstruction_evidence', 'confusion', 'generate_clips',
-           'generation_evidence', 'Nearest', 'nearest_training_clips', 'training_steps', 'evidence', 'evidence_table']
+           'generation_evidence', 'predict_clips', 'prediction_evidence', 'Nearest', 'nearest_training_clips',
+           'training_steps', 'known_frames', 'evidence', 'evidence_table']
 
 # %% ../../nbs/tools/evidence.ipynb #imports
 import json
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..ar import Generator
+from ..ar import Generator, frame_prefix
 from ..decoupling import for_reader
 from dera.metrics import (
     baselines,
@@ -169,6 +170,53 @@ def generation_evidence(
         distance={distance.name: distance.value},
     )
 
+# %% ../../nbs/tools/evidence.ipynb #prediction
+@torch.no_grad()
+def predict_clips(
+    predictor,  # a generator with a prefix, of this tokenizer's tokens
+    tokenizer,  # of pocket clips, in evaluation mode
+    clips: torch.Tensor,  # (N, 3, T, H, W) in [0, 1]
+    known: int,  # frames that are given
+    seed: int,  # clip i is drawn from seed + i
+    batch_size: int = 50,  # clips at once; changes no number
+    precision: str = "float32",  # of the models: `float32`, `tf32` or `bf16`
+) -> torch.Tensor:  # (N, 3, T, H, W) in [0, 1], on the CPU; the known frames are those given
+    "Continuations of the first frames of some clips."
+    device = device_of(tokenizer)
+    made = []
+    with frozen(tokenizer), computing_in(precision, device):
+        for rows in torch.arange(len(clips)).split(batch_size):
+            prefix = frame_prefix(tokenizer, clips[rows, :, :known].to(device))
+            seeds = [seed + row for row in rows.tolist()]
+            indices = predictor.generate(prefix=prefix, seed=seeds)
+            made.append(_finite(tokenizer.decode(indices), "a prediction"))
+    made = torch.cat(made)
+    made[:, :, :known] = clips[:, :, :known]
+    return made
+
+
+def prediction_evidence(
+    predicted: torch.Tensor,  # (N, 3, T, H, W) in [0, 1]
+    rebuilt: torch.Tensor,  # the same clips through the tokenizer
+    clips: torch.Tensor,  # what really followed
+    labels: torch.Tensor,  # (N,) classes
+    known: int,  # frames that were given
+) -> dict:  # of each of three ways: PSNR of the other frames, distance, motion recognised
+    "A prediction beside frames held still and the tokenizer's own limit."
+    still = clips.clone()
+    still[:, :, known:] = clips[:, :, known - 1 : known]
+    classifier, extractor = load_factor_classifier(), load_extractor()
+    found = {}
+    for name, video in dict(held_still=still, predicted=predicted, reconstructed=rebuilt).items():
+        distance = video_distance(for_reader(clips), for_reader(video), extractor)
+        recognised = factor_accuracy(classifier, for_reader(video), labels)
+        found[name] = dict(
+            psnr=psnr(video[:, :, known:], clips[:, :, known:]),
+            distance={distance.name: distance.value},
+            motion=recognised["motion"],
+        )
+    return found | dict(known_frames=known)
+
 # %% ../../nbs/tools/evidence.ipynb #nearest
 class Nearest(NamedTuple):
     "The training clips nearest to some clips."
@@ -252,10 +300,22 @@ def _preset(config):
     sizes = {(8, 32): "tiny", (16, 64): "pocket", (16, 128): "paper"}
     return sizes.get((config.num_frames, config.frame[0]), "own")
 
+
+def known_frames(
+    folder: str,  # of a frame predictor
+) -> int:
+    "How many frames a predictor was trained to continue."
+    try:
+        return json.loads((Path(folder) / "training.json").read_text())["condition_frames"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{folder} has no training.json that says how many frames are known ({error})"
+        ) from None
+
 # %% ../../nbs/tools/evidence.ipynb #evidence
 def evidence(
     tokenizer,  # a model, or its folder
-    generator=None,  # a class-conditional generator of its tokens, or its folder
+    generator=None,  # of its tokens, with classes or for prediction; or its folder
     out: str | Path | None = None,  # folder for evidence.json and pictures
     num_clips: int = 512,  # rendered from the seed
     per_class: int = 3,  # generated clips of each of the 112 classes
@@ -305,28 +365,37 @@ def evidence(
         generator, generator_folder = _loaded(generator, lambda place: load_model(Generator, place))
         _refuse_other_generator(generator, tokenizer)
         generator.to(device_of(tokenizer))
-        labels = torch.arange(len(CLASSES)).repeat_interleave(per_class)
-        made = generate_clips(
-            generator, tokenizer, labels, guidance, EVIDENCE_SEED + seed, precision=precision
-        )
-        generation = generation_evidence(made, labels, clips)
-        first_of_16 = torch.arange(0, len(labels), max(1, len(labels) // 16))[:16]
-        pictures["generated"] = made[first_of_16]
-        if num_nearest:
-            training = PocketClips(num_training_clips, config.num_frames, config.frame[0])
-            generation["nearest"], pictures["nearest"] = _nearest_evidence(
-                made, labels, clips, training, num_nearest, progress
-            )
-        result["protocol"] += (
-            f"; {len(labels)} generated clips, {per_class} of each class, guidance {guidance}, "
-            f"clip i from seed {EVIDENCE_SEED + seed} + i"
-        )
         result["generator"] = dict(
             folder=generator_folder,
             fingerprint=fingerprint(generator)[:16],
             steps=training_steps(generator_folder),
         )
-        result["generation"] = generation
+        if generator.config.prefix_tokens:
+            known = known_frames(generator_folder)
+            first = EVIDENCE_SEED + seed
+            made = predict_clips(generator, tokenizer, clips, known, first, batch_size, precision)
+            rebuilt = reconstruct_clips(tokenizer, clips, batch_size, precision).clips
+            result["prediction"] = prediction_evidence(made, rebuilt, clips, factors.label, known)
+            pictures["predictions"] = torch.cat([clips[:16], made[:16]])
+            result["protocol"] += f"; {known} known frames, clip i drawn from seed {first} + i"
+        else:
+            labels = torch.arange(len(CLASSES)).repeat_interleave(per_class)
+            made = generate_clips(
+                generator, tokenizer, labels, guidance, EVIDENCE_SEED + seed, precision=precision
+            )
+            generation = generation_evidence(made, labels, clips)
+            first_of_16 = torch.arange(0, len(labels), max(1, len(labels) // 16))[:16]
+            pictures["generated"] = made[first_of_16]
+            if num_nearest:
+                training = PocketClips(num_training_clips, config.num_frames, config.frame[0])
+                generation["nearest"], pictures["nearest"] = _nearest_evidence(
+                    made, labels, clips, training, num_nearest, progress
+                )
+            result["protocol"] += (
+                f"; {len(labels)} generated clips, {per_class} of each class, guidance {guidance}, "
+                f"clip i from seed {EVIDENCE_SEED + seed} + i"
+            )
+            result["generation"] = generation
     if folder:
         _write_evidence(folder, result, pictures)
     return result
@@ -345,10 +414,10 @@ def _own_folder(out, fresh):
 
 def _refuse_other_generator(generator, tokenizer):
     learned, config = generator.config, tokenizer.config
-    if learned.prefix_tokens or learned.num_classes != len(CLASSES):
+    if not learned.prefix_tokens and learned.num_classes != len(CLASSES):
         raise InputError(
-            f"this generator knows {learned.num_classes} classes and {learned.prefix_tokens} "
-            f"prefix tokens; evidence needs one of the {len(CLASSES)} classes without a prefix"
+            f"this generator knows {learned.num_classes} classes; evidence needs one of the "
+            f"{len(CLASSES)} classes of the pocket world, or a frame predictor"
         )
     same = not learned.tokenizer or learned.tokenizer == fingerprint(tokenizer)
     if not same or learned.num_tokens != config.num_codes:
@@ -364,7 +433,7 @@ def _write_evidence(folder, result, pictures):
         columns = min(16, len(clips)) if name != "generated" else 8
         write_atomic(folder / f"{name}.png", animation(clips, columns=columns, zoom=2))
 
-
+# %% ../../nbs/tools/evidence.ipynb #evidence-table
 def evidence_table(
     result: dict,  # of `evidence`
 ) -> str:
@@ -394,5 +463,14 @@ def evidence_table(
             lines.append(
                 f"  nearest of {near['training_clips']} training clips: {near['mean_psnr']:.1f} dB"
                 f" for generated clips, {near['mean_psnr_of_real_clips']:.1f} dB for new real ones"
+            )
+    if "prediction" in result:
+        found = result["prediction"]
+        for name in "held_still", "predicted", "reconstructed":
+            row = found[name]
+            (measure, distance), *_ = row["distance"].items()
+            lines.append(
+                f"  {name.replace('_', ' ')}: PSNR {row['psnr']:.2f} dB of the other frames, "
+                f"motion {row['motion']:.3f}; {measure} {distance:.3f}"
             )
     return "\n".join(lines)

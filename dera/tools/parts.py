@@ -110,7 +110,7 @@ def run_parts(
     folder = RunFolder(folder).path
     note = folder / "identity.json"
     text = json.dumps(identity, indent=1)
-    if note.exists() and note.read_text() != text:
+    if note.exists() and note.read_bytes() != text.encode():
         raise InputError(
             f"{folder} holds another evaluation; choose another --out, or start over with --fresh"
         )

@@ -21,7 +21,7 @@ from ..runtime.errors import InputError
 from ..runtime.folders import video_files, visible_files
 from ..runtime.manifests import parse_source, source_rows, ucf101_folders
 from ..runtime.names import cause_of, printable, short_name
-from ..runtime.run_folder import write_atomic
+from ..runtime.run_folder import RunFolder, read_settings, write_atomic
 from ..runtime.video import decode, shrink
 from ..runtime.workers import for_each
 
@@ -89,6 +89,9 @@ def _check_places(files, base, out):
         )
 
 
+_LISTS = ".txt", ".csv", ".npz"
+
+
 def _jobs(source, out):
     "(video, its copy) for every video of a source, and (list, its copy) for what lies beside them."
     files, base = _files_of(source)
@@ -103,7 +106,7 @@ def _jobs(source, out):
             )
         jobs.append((str(file), copy))
     lists = visible_files(base, "*") + visible_files(base, "annotations/*")
-    beside = [(p, out / p.relative_to(base)) for p in lists if p.suffix in (".txt", ".csv", ".npz")]
+    beside = [(p, out / p.relative_to(base)) for p in lists if p.suffix in _LISTS]
     split_files = ucf101_folders(source.path)[1]
     if split_files:
         beside += [(p, out / split_files.name / p.name) for p in visible_files(split_files, "*")]
@@ -117,35 +120,60 @@ def _identity(source, jobs, out, settings):
     return dict(settings=settings, source=str(source.path.resolve()), names=digest)
 
 
+def _held(note):
+    "What the note of a former preparation says; nothing where it says nothing."
+    try:
+        return read_settings(note)
+    except (ValueError, FileNotFoundError):
+        return {}
+
+
+def _remove_copies(note):
+    "Delete what a former preparation left in its folder: videos, lists and the note."
+    for file in note.parent.rglob("*"):
+        if file.suffix in (".mp4", *_LISTS) and (file.is_file() or file.is_symlink()):
+            file.unlink()
+    note.unlink()
+
+
 def _refuse_another(note, identity):
-    "Raise if the folder holds copies of another source or with other settings."
+    "Raise if the folder holds copies of another source or with other settings, or other things."
     if not note.exists():
+        others = [path.name for path in note.parent.iterdir() if not path.name.startswith(".")]
+        if others:
+            raise InputError(
+                f"{printable(note.parent)} holds something else ({printable(min(others))}, ...); "
+                "choose an empty folder"
+            )
         return
     out, settings = printable(note.parent), identity["settings"]
-    try:
-        old = json.loads(note.read_text())
-        old_settings = old["settings"]
-    except (ValueError, KeyError, TypeError):
+    old = _held(note)
+    old_settings = old.get("settings")
+    if old_settings is None:
         raise InputError(
             f"{printable(note)} was not written by dera prepare; choose another folder"
-        ) from None
+        )
     if old_settings != settings:
         raise InputError(
-            f"{out} holds copies with {old_settings}, not {settings}; choose another folder"
+            f"{out} holds copies with {old_settings}, not {settings}; "
+            "add --fresh, or choose another folder"
         )
     is_known = "source" in old and "names" in old
     if is_known and old["source"] != identity["source"] and old["names"] != identity["names"]:
         raise InputError(
             f"{out} holds copies of {printable(old['source'])}, "
-            f"not of {printable(identity['source'])}; choose another folder"
+            f"not of {printable(identity['source'])}; add --fresh, or choose another folder"
         )
 
 # %% ../../nbs/tools/prepare.ipynb #prepare
-def _begin(jobs, beside, note, identity):
+def _begin(jobs, beside, note, identity, fresh):
     "Make the folders, copy the lists, write down what the folder holds."
     out = note.parent
     try:
-        _refuse_another(note, identity)
+        if fresh and "settings" in _held(note):
+            _remove_copies(note)
+        else:
+            _refuse_another(note, identity)
         for folder in {Path(copy).parent for _, copy in [*jobs, *beside]}:
             folder.mkdir(parents=True, exist_ok=True)
         for path, copy in beside:
@@ -169,6 +197,7 @@ def prepare(
     crf: int = 12,  # H.264 quality, smaller is better
     lossless: bool = False,  # exact, in RGB; crf is not used
     workers: int | None = None,  # processes; None: one per core
+    fresh: bool = False,  # delete what a former call left in `out`, instead of going on
     progress=lambda it, **_: it,  # a tqdm-like wrapper
 ) -> dict:  # settings, numbers of files written and kept, bytes, and the bad ones with causes
     "Make a small copy of a data set, file by file; called again, it goes on where it was."
@@ -182,8 +211,15 @@ def prepare(
     jobs, beside = _jobs(source, out)
     identity = _identity(source, jobs, out, settings)
     note = out / "prepared.json"
-    _begin(jobs, beside, note, identity)
+    RunFolder(out)
+    with RunFolder(out).lock():
+        _begin(jobs, beside, note, identity, fresh)
+        return _copy(jobs, note, identity, workers, progress)
 
+
+def _copy(jobs, note, identity, workers, progress):
+    "Copy what is not there yet; the report, also in the note."
+    out, settings = note.parent, identity["settings"]
     todo = [job for job in jobs if not os.path.exists(job[1])]
     bad = []
     results = for_each(partial(_prepare_file, **settings), todo, workers)

@@ -21,8 +21,9 @@ from ..metrics import psnr
 from ..pocket import write_video
 from ..runtime.checkpoints import checkpoint_path
 from ..runtime.errors import InputError
+from ..runtime.folders import refuse_pipe
 from ..runtime.names import printable
-from ..runtime.run_folder import write_atomic
+from ..runtime.run_folder import read_settings, write_atomic
 from ..streams import load_tokenizer
 from ..train_ar import fingerprint
 
@@ -79,7 +80,7 @@ def claim(
     note = file.with_name(file.name + ".json")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        found = json.loads(note.read_text()) if note.is_file() else None
+        found = read_settings(note) if note.exists() else None
     except OSError as error:
         raise InputError(
             f"cannot write {printable(file)} ({error.strerror}); choose another --out"
@@ -184,9 +185,10 @@ def load_tokens_of(
     "Read the codes of a video; those of another tokenizer are refused."
     name = printable(file)
     fps = 0.0
+    refuse_pipe(file)
     try:
         if Path(file).suffix == ".json":
-            content = json.loads(Path(file).read_text())
+            content = read_settings(Path(file))
             values = np.array(content["tokens"])
             fps = float(content.get("fps", 0))
             if content.get("tokenizer", "") not in ("", fingerprint(tokenizer)):
