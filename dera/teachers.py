@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['TEACHERS', 'HIDDEN', 'linear_probe', 'fit_clip', 'Teacher', 'PocketTeacher', 'pocket_backbone', 'load_teacher',
-           'pooled_tokens', 'factor_probes', 'on_screen', 'TeacherConfig', 'train_teacher', 'InternVideo2',
-           'TeacherFacts']
+           'pooled_tokens', 'factor_probes', 'on_screen', 'TeacherConfig', 'TeacherState', 'build_state',
+           'build_optimizers', 'begin', 'train_step', 'train_loop', 'train_teacher', 'InternVideo2', 'TeacherFacts']
 
 # %% ../nbs/05_foundation_models.ipynb #imports
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -34,9 +34,11 @@ from dera.pocket import (
     sample_factors,
 )
 from .query import Transformer, gaussian_positions, patchify
-from .runtime.checkpoints import checkpoint_path, load_checkpoint, load_model, save_checkpoint
-from .runtime.devices import use_bf16
+from .runtime.checkpoints import checkpoint_path, load_model
+from .runtime.devices import autocast
+from .runtime.engine import CheckpointWriter, apply_gradients, start_processes, warmup_cosine
 from .runtime.errors import InputError
+from .runtime.optimizers import BatchedMuon
 from .runtime.progress import progress
 from dera.runtime.published_teachers import (
     PUBLISHED_TEACHERS,
@@ -47,8 +49,10 @@ from dera.runtime.published_teachers import (
     load_published,
     run_blocks,
 )
-from .runtime.run_folder import RunFolder, write_atomic
+from .runtime.run_folder import RunFolder
 from .runtime.seeds import seed_everything
+from .runtime.training_run import TrainingRun
+from .runtime.training_state import identity, load_parts, saved_state, states, write_state
 from .runtime.weights import check_weights_file
 
 # %% ../nbs/05_foundation_models.ipynb #all
@@ -66,7 +70,7 @@ def _check_probe(name, x, y):
     if not x.isfinite().all():
         raise InputError(f"{name}: features hold NaN or infinite values")
 
-
+# %% ../nbs/05_foundation_models.ipynb #linear-probe-fit
 def linear_probe(
     train_x: torch.Tensor,  # (N, D) features
     train_y: torch.Tensor,  # (N,) class indices
@@ -248,7 +252,7 @@ def _pocket_facts(modality, dim, depth, heads, size):
         licence="Apache-2.0",
     )
 
-
+# %% ../nbs/05_foundation_models.ipynb #pocket-teacher-network
 class PocketTeacher(nn.Module, PyTorchModelHubMixin, library_name="dera", license="apache-2.0"):
     "A small ViT for pocket clips: one frame, or a clip in four steps of time."
 
@@ -294,7 +298,7 @@ class PocketTeacher(nn.Module, PyTorchModelHubMixin, library_name="dera", licens
             return self.transformer(self.tokens(x))
         return run_blocks(self.transformer.blocks, self.tokens(x), layer)
 
-
+# %% ../nbs/05_foundation_models.ipynb #pocket-backbone
 def _pocket_tokens(model, x, layer):
     return model(x, layer)
 
@@ -337,7 +341,7 @@ def _known(name):
         )
     return fits[0]
 
-
+# %% ../nbs/05_foundation_models.ipynb #pocket-folder
 def _pocket_folder(name):
     "The folder of a pocket teacher: the one that is named, or `teacher` in a training's run folder."
     folder = Path(name).expanduser()
@@ -351,7 +355,7 @@ def _pocket_folder(name):
         )
     return None
 
-
+# %% ../nbs/05_foundation_models.ipynb #load-pocket
 def _load_pocket(folder, modality=None):
     "The pocket teacher in a folder; `modality` is the one that was asked for."
     file = Path(folder) / "model.safetensors"
@@ -389,7 +393,7 @@ def load_teacher(
         backbone = pocket_backbone(PocketTeacher(**_POCKET_OPTIONS[name]))
     return _teacher(name, backbone, facts, layer, bf16)
 
-
+# %% ../nbs/05_foundation_models.ipynb #check-layer
 def _check_layer(name, facts, layer):
     if layer is not None and not 1 <= layer <= facts.depth:
         raise InputError(f"{name} has layers 1 to {facts.depth}; {layer} is none of them")
@@ -430,7 +434,7 @@ def _probe_split(x, y):
     cut = 3 * len(x) // 4
     return linear_probe(x[:cut], y[:cut], x[cut:], y[cut:])["test"]
 
-
+# %% ../nbs/05_foundation_models.ipynb #factor-probes-all
 def factor_probes(
     teacher: Teacher,  # frozen
     level: str = "plain",  # of `sample_factors`
@@ -541,7 +545,7 @@ class _Batch(NamedTuple):
     radius: torch.Tensor  # (B, S)
     generator: torch.Generator  # for what else is drawn in this step
 
-
+# %% ../nbs/05_foundation_models.ipynb #draw-factors
 def _draw_factors(num_clips, seed, level):
     levels = LEVELS if level == "all" else [level]
     parts = [
@@ -551,7 +555,7 @@ def _draw_factors(num_clips, seed, level):
     names = vars(parts[0])
     return Factors(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
 
-
+# %% ../nbs/05_foundation_models.ipynb #draw-batch
 def _draw_batch(config, step, device):
     "New clips for this step; they depend on the seed and the step alone."
     seed = 10_000_019 * (config.seed + 1) + step
@@ -686,118 +690,150 @@ class _MaskedLoss(nn.Module):
         return loss, dict(masked=loss)
 
 # %% ../nbs/05_foundation_models.ipynb #train-state
-def _optimizers(config, objective):
+@dataclass
+class TeacherState:
+    "Everything that a step changes."
+
+    objective: nn.Module  # the teacher, and what it is asked
+    optimizers: dict[str, torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler  # off; the update of all trainings takes one
+
+    def parts(self) -> dict:
+        "What a checkpoint keeps, by name."
+        return dict(objective=self.objective, **self.optimizers)
+
+
+def build_state(
+    config: TeacherConfig,
+    device: torch.device,
+) -> TeacherState:
+    "A teacher at the start of its training, with the heads that ask it."
+    if config.init:
+        teacher = load_model(PocketTeacher, config.init).train()
+    else:
+        shape = config.dim, config.depth, config.heads, config.size
+        teacher = PocketTeacher(config.modality, *shape)
+    teacher = teacher.to(memory_format=torch.channels_last)
+    loss_of = _FactorLoss if config.objective == "factors" else _MaskedLoss
+    objective = loss_of(teacher, config.keep).to(device)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    return TeacherState(objective, build_optimizers(config, objective), scaler)
+
+# %% ../nbs/05_foundation_models.ipynb #optimizers
+def build_optimizers(
+    config: TeacherConfig,
+    objective: nn.Module,  # the teacher and its heads
+) -> dict[str, torch.optim.Optimizer]:  # `adam` and `muon`
     "AdamW for everything but the matrices in the blocks, which Muon updates."
     matrices, rest = [], []
     for name, parameter in objective.named_parameters():
         in_block = ".blocks." in name and parameter.ndim == 2
         (matrices if in_block else rest).append(parameter)
-    adam = torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    muon = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=0.0)
-    return adam, muon
-
-
-def _rate(step, num_steps):
-    "Warm-up over 4 % of the steps, then a cosine to 1 %."
-    warmup = min(1, (step + 1) / (0.04 * num_steps))
-    cosine = 0.5 * (1 + math.cos(math.pi * step / num_steps))
-    return warmup * (0.01 + 0.99 * cosine)
-
-
-def _new_teacher(config):
-    if config.init:
-        teacher = load_model(PocketTeacher, config.init).train()
-    else:
-        teacher = PocketTeacher(
-            config.modality, config.dim, config.depth, config.heads, config.size
-        )
-    return teacher.to(memory_format=torch.channels_last)
+    return dict(
+        adam=torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01),
+        muon=BatchedMuon(matrices, lr=config.muon_lr, weight_decay=0.0),
+    )
 
 # %% ../nbs/05_foundation_models.ipynb #resume
-def _save_training(run, config, step, objective, optimizers):
-    state = dict(
-        step=step,
-        config=vars(config),
-        objective=objective.state_dict(),
-        optimizers=[optimizer.state_dict() for optimizer in optimizers],
-    )
-    save_checkpoint(run.path / "checkpoint.safetensors", state)
+def begin(
+    config: TeacherConfig,
+    run: TrainingRun,
+) -> TeacherState:
+    "The state as the run's last checkpoint left it."
+    state = build_state(config, run.accelerator.device)
+    about = identity(config, free=())
+    advice = "choose another --out or delete it"
+    saved = saved_state(run.folder, about, asdict(TeacherConfig()), advice)
+    start = 0
+    if saved:
+        start = saved["step"]
+        load_parts(state.parts(), saved)
+    if run.main:
+        run.folder.rewind(start)
+    run.begin(config)
 
+    def write(step):
+        tree = dict(step=step, identity=about) | states(state.parts())
+        write_state(run.folder.path / "checkpoint.safetensors", run.main, tree)
 
-def _resume_training(run, config, objective, optimizers):
-    "Restore this run's last checkpoint, if there is one; returns the step to go on from."
-    file = run.path / "checkpoint.safetensors"
-    if not file.exists():
-        write_atomic(run.path / "log.jsonl", "")
-        return 0
-    state = load_checkpoint(file)
-    differ = [name for name, value in state["config"].items() if getattr(config, name) != value]
-    if differ:
-        raise InputError(
-            f"{run.path} holds a run with another {', '.join(differ)}; "
-            "choose another --out or delete it"
-        )
-    objective.load_state_dict(state["objective"])
-    for optimizer, saved in zip(optimizers, state["optimizers"]):
-        optimizer.load_state_dict(saved)
-    lines = [json.dumps(line) + "\n" for line in run.history(before=state["step"])]
-    write_atomic(run.path / "log.jsonl", "".join(lines))
-    return state["step"]
+    run.saver = CheckpointWriter(start, write)
+    return state
 
 # %% ../nbs/05_foundation_models.ipynb #train
-def _train_step(config, objective, optimizers, step, device):
-    "One update; returns the log of its terms."
-    for optimizer, rate in zip(optimizers, (config.lr, config.muon_lr)):
-        optimizer.param_groups[0]["lr"] = rate * _rate(step, config.steps)
+def train_step(
+    config: TeacherConfig,
+    state: TeacherState,
+    step: int,  # from 0
+    device: torch.device,
+) -> tuple[dict, bool]:  # every term of the loss; whether the update was applied
+    "One update, on clips that are drawn for it."
+    rate = warmup_cosine(step, config.steps, warmup=0.04)
+    for name, highest in dict(adam=config.lr, muon=config.muon_lr).items():
+        state.optimizers[name].zero_grad()
+        state.optimizers[name].param_groups[0]["lr"] = rate * highest
     if config.objective == "factors" and step >= 0.75 * config.steps:
-        objective.keep = 1.0
+        state.objective.keep = 1.0
     batch = _draw_batch(config, step, device)
-    video = fit_clip(batch.video, objective.teacher.frames, config.size)
-    with torch.autocast(device, torch.bfloat16, enabled=use_bf16("auto")):
-        loss, log = objective((video - _POCKET_MEAN[0]) / _POCKET_STD[0], batch)
-    for optimizer in optimizers:
-        optimizer.zero_grad()
+    video = fit_clip(batch.video, state.objective.teacher.frames, config.size)
+    with autocast("auto", device.type):
+        loss, log = state.objective((video - _POCKET_MEAN[0]) / _POCKET_STD[0], batch)
     loss.backward()
-    nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
-    return {name: value.detach() for name, value in log.items()}
+    optimizers = list(state.optimizers.values())
+    _, finite = apply_gradients(optimizers, state.scaler, clip_norm=1.0)
+    return {name: value.detach() for name, value in log.items()}, finite
 
+# %% ../nbs/05_foundation_models.ipynb #train-loop
+def train_loop(
+    config: TeacherConfig,
+    state: TeacherState,
+    run: TrainingRun,
+    steps,  # numbers of steps, behind a bar
+) -> int:  # the signal that ended it; 0: none
+    "The steps, a line of the log every so many, a checkpoint every so many."
+    sums = {}
+    for step in steps:
+        log, finite = train_step(config, state, step, run.accelerator.device)
+        done = step + 1
+        for name, value in log.items():
+            sums[name] = sums.get(name, 0) + value / config.log_every
+        stopped = run.count(done, 0.0, finite)
+        if done % config.log_every == 0:
+            means = {name: round(value.item(), 4) for name, value in sums.items()}
+            seconds = time.perf_counter() - run.meter.clock
+            run.write(dict(step=done, **means, seconds=round(seconds, 1)))
+            run.meter.restart()
+            sums = {}
+        if finite and (stopped or done % config.save_every == 0):
+            run.saver(done)
+        if stopped:
+            return stopped
+    return 0
 
+# %% ../nbs/05_foundation_models.ipynb #train-teacher
 def train_teacher(
     config: TeacherConfig,  # what to train
     out: str | Path,  # run folder; the teacher lands in out/teacher
     stop_after: int | None = None,  # leave after this many steps, to be resumed
 ) -> PocketTeacher:  # frozen, on the CPU
     "Train a pocket teacher, or go on where the run folder's last checkpoint ends."
-    run = RunFolder(out)
-    seed_everything(config.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher = _new_teacher(config)
-    loss_of = _FactorLoss if config.objective == "factors" else _MaskedLoss
-    objective = loss_of(teacher, config.keep).to(device)
-    optimizers = _optimizers(config, objective)
-    start = _resume_training(run, config, objective, optimizers)
-    run = RunFolder(out, config)
-
-    last = min(config.steps, stop_after or config.steps)
-    sums, clock = {}, time.time()
-    bar = progress(
-        range(start, last),
-        initial=start,
-        total=config.steps,
-        desc=f"{config.modality} teacher",
-        unit="step",
-    )
-    for step in bar:
-        log = _train_step(config, objective, optimizers, step, device)
-        for name, value in log.items():
-            sums[name] = sums.get(name, 0) + value / config.log_every
-        if (step + 1) % config.log_every == 0:
-            means = {name: round(value.item(), 4) for name, value in sums.items()}
-            run.log(step=step + 1, **means, seconds=round(time.time() - clock, 1))
-            sums, clock = {}, time.time()
-        if (step + 1) % config.save_every == 0:
-            _save_training(run, config, step + 1, objective, optimizers)
-    teacher.cpu().half().save_pretrained(run.path / "teacher")
+    folder = RunFolder(out)
+    folder.check_writable()
+    run = TrainingRun(folder, start_processes(folder.path), timeout=60)
+    run.steps = config.steps
+    with run.lock():
+        seed_everything(config.seed)
+        state = begin(config, run)
+        steps = progress(
+            range(run.saver.step, min(config.steps, stop_after or config.steps)),
+            initial=run.saver.step,
+            total=config.steps,
+            desc=f"{config.modality} teacher",
+            unit="step",
+        )
+        with run.guarded():
+            stopped = train_loop(config, state, run, steps)
+        teacher = state.objective.teacher.cpu()
+        if run.main:
+            run.folder.replace_folder("teacher", teacher.half().save_pretrained)
+        run.end(stopped)
     return teacher.float().eval().requires_grad_(False)

@@ -277,7 +277,7 @@ def test_stop_and_go_on(tmp_path, modality, objective):
     saved = PocketTeacher.from_pretrained(str(tmp_path / "halves" / "teacher"), strict=True)
     assert not any("head" in key or "redraw" in key for key in saved.state_dict())
     assert saved.modality == modality
-    with pytest.raises(InputError, match="another steps, seed"):
+    with pytest.raises(InputError, match="another steps 6 then, 7 now; seed 0 then, 1 now"):
         train_teacher(replace(config, steps=7, seed=1), tmp_path / "halves")
 
 

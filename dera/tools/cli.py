@@ -243,9 +243,6 @@ class TrainTeachers:
 def run_train_teachers(
     options,  # as given on the command line
 ):
-    from safetensors import SafetensorError
-
-    from dera.runtime.run_folder import RunFolder
     from dera.runtime.training_options import start_afresh
     from dera.teachers import TeacherConfig, train_teacher
 
@@ -257,14 +254,7 @@ def run_train_teachers(
         folder = out / config.modality
         if options.fresh:
             start_afresh(folder)
-        with RunFolder(folder).lock():
-            try:
-                train_teacher(config, folder)
-            except SafetensorError as error:
-                raise InputError(
-                    f"cannot write into {folder} ({error}); "
-                    "make room and give the same command again"
-                ) from None
+        train_teacher(config, folder)
 
 
 @dataclass
