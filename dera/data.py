@@ -270,7 +270,7 @@ def _item(clips, i, attempts=100):
         video = as_float(video)
     return dict(video=video, label=clips.labels[f], path=clips.paths[f])
 
-
+# %% ../nbs/02_video_data.ipynb #refuse-many
 def _refuse_many(clips, most=0.05):
     "Stop where more than this share of the files is known to be bad."
     bad, total = clips.bad, len(set(clips._first))
@@ -300,7 +300,7 @@ def _chunks_of(clips, f):
         clips.mark_bad(f, f"{error} (left out)")
         return 0
 
-
+# %% ../nbs/02_video_data.ipynb #chunk-table
 def _chunk_table(clips, progress):
     "(entries, 2): file and chunk of every entry, for sampling `all`."
     table = []
@@ -312,7 +312,7 @@ def _chunk_table(clips, progress):
         )
     return np.array(table)
 
-
+# %% ../nbs/02_video_data.ipynb #mixture
 def _mixture(clips, shares):
     "Weights of sources, on entries instead of files."
     ends = np.cumsum([0] + [number for number, _ in shares])
