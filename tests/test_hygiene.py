@@ -30,7 +30,8 @@ MODULES = {
     for p in sorted((ROOT / "dera").rglob("*.py"))
     if p.name not in ("__init__.py", "_modidx.py")
 }
-LAZY = {"decord", "av", "IPython", "gradio"}  # may be imported inside functions, never at the top
+# may be imported inside functions, never at the top: readers of videos, and extras of setup.py
+LAZY = {"decord", "av", "IPython", "gradio", "tensorboard", "wandb"}
 IMPORT_NAMES = dict(pillow="PIL")
 
 
@@ -326,7 +327,8 @@ def import_faults(source):
     tree = ast.parse(source)
     allowed = (
         {import_name(r) for r in requirements("requirements")}
-        | {"dera", "IPython", "gradio"}
+        | {"dera"}
+        | LAZY
         | set(sys.stdlib_module_names)
     )
     return sorted(set(imports(tree)) - allowed | set(imports(tree, top=True)) & LAZY)
