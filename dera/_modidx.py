@@ -150,6 +150,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                              'dera.pocket.PocketClips.__len__': ('pocket_world.html#pocketclips.__len__', 'dera/pocket.py'),
                              'dera.pocket.PocketClips.set_epoch': ('pocket_world.html#pocketclips.set_epoch', 'dera/pocket.py'),
                              'dera.pocket._check': ('pocket_world.html#_check', 'dera/pocket.py'),
+                             'dera.pocket._check_sampling': ('pocket_world.html#_check_sampling', 'dera/pocket.py'),
                              'dera.pocket._factors_file': ('pocket_world.html#_factors_file', 'dera/pocket.py'),
                              'dera.pocket._test_lists': ('pocket_world.html#_test_lists', 'dera/pocket.py'),
                              'dera.pocket._uniform': ('pocket_world.html#_uniform', 'dera/pocket.py'),

@@ -87,14 +87,7 @@ class Factors:
     def label(self) -> torch.Tensor:
         return self.shape * len(MOTIONS) + self.motion  # index into CLASSES
 
-# %% ../nbs/01_pocket_world.ipynb #check
-def _check(**values):
-    "Every value must be a whole number of at least 1."
-    for name, value in values.items():
-        if not hasattr(value, "__index__") or not 1 <= value < 2**31:
-            raise InputError(f"{name} is {value}; give a whole number of at least 1, below 2**31")
-
-
+# %% ../nbs/01_pocket_world.ipynb #uniform
 _MULTIPLIERS = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 0x9E3779B97F4A7C15)
 
 
@@ -109,6 +102,21 @@ def _uniform(n, channel, seed):
         z ^= z >> np.uint64(32)
     return (z >> np.uint64(11)).astype(np.float64) / 2**53
 
+# %% ../nbs/01_pocket_world.ipynb #check
+def _check(**values):
+    "Every value must be a whole number of at least 1."
+    for name, value in values.items():
+        if not hasattr(value, "__index__") or not 1 <= value < 2**31:
+            raise InputError(f"{name} is {value}; give a whole number of at least 1, below 2**31")
+
+
+def _check_sampling(n, seed, level):
+    _check(n=n)
+    if not hasattr(seed, "__index__"):
+        raise InputError(f"seed is {seed}; give a whole number")
+    if level not in LEVELS:
+        raise InputError(f"unknown level {level!r}; choose one of {', '.join(LEVELS)}")
+
 # %% ../nbs/01_pocket_world.ipynb #sample
 def sample_factors(
     n: int,  # how many clips
@@ -116,11 +124,7 @@ def sample_factors(
     level: str = "plain",  # `plain`, `textured` or `busy`
 ) -> Factors:  # n values a field, all independent
     "Draw factors; entry i depends on the seed and i, never on n."
-    _check(n=n)
-    if not hasattr(seed, "__index__"):
-        raise InputError(f"seed is {seed}; give a whole number")
-    if level not in LEVELS:
-        raise InputError(f"unknown level {level!r}; choose one of {', '.join(LEVELS)}")
+    _check_sampling(n, seed, level)
     textures, backgrounds = LEVELS[level]
     count = dict(shape=len(SHAPES), texture=textures, background=backgrounds, motion=len(MOTIONS))
     values = {}
