@@ -57,6 +57,15 @@ def _check_sampling(sampling):
         raise InputError(f"unknown sampling {sampling!r}; choose native, uniform or all")
 
 
+def _check_lengths(available, num_frames):
+    check_whole(num_frames=num_frames)
+    if min(available, num_frames) < 1:
+        raise InputError(
+            f"{available} frames in the file and num_frames {num_frames} for a clip; "
+            "both must be at least 1"
+        )
+
+# %% ../nbs/02_video_data.ipynb #frame-indices
 def frame_indices(
     available: int,  # frames in the file, n
     num_frames: int,  # frames in a clip, T
@@ -64,12 +73,7 @@ def frame_indices(
     seed: int | None = None,  # draws the start of `native`; None: the centred window
 ) -> np.ndarray:  # (clips, T) int64; one clip unless `all`
     "Which frames make a clip; where the file is too short its last frame repeats."
-    check_whole(num_frames=num_frames)
-    if min(available, num_frames) < 1:
-        raise InputError(
-            f"{available} frames in the file and num_frames {num_frames} for a clip; "
-            "both must be at least 1"
-        )
+    _check_lengths(available, num_frames)
     _check_sampling(sampling)
     n, T = available, num_frames
     i = np.arange(T)[None]
@@ -93,7 +97,7 @@ def as_float(
 def _channels_first(frames):
     return frames.transpose(-4, -3).contiguous()  # (..., T, 3, H, W) -> (..., 3, T, H, W)
 
-
+# %% ../nbs/02_video_data.ipynb #read-clip
 def read_clip(
     path: str | Path,  # a video file
     num_frames: int,  # T
@@ -242,27 +246,34 @@ class VideoClips(Dataset):
             return None
 
 # %% ../nbs/02_video_data.ipynb #item
-def _item(clips, i, attempts=100):
-    "Entry i of the present epoch; a bad file gives way to others."
-    epoch = clips.epoch
-    start, mirror = hash_numbers(clips.seed, epoch, i)
-    entry, low, high = i, 0, len(clips)
+def _entry(clips, i, attempt):
+    "File and chunk for place i: its own, or at a later attempt another one of the same source."
+    low, high, entry = 0, len(clips), i
     if clips._mixture:
-        entry = clips._mixture.draw(i, epoch)
+        entry = clips._mixture.draw(i, clips.epoch)
         low, high = clips._mixture.span(i)
+    if attempt:
+        entry = low + hash_numbers(clips.seed, clips.epoch, i, attempt)[0] % (high - low)
+    return (entry, 0) if clips._entries is None else clips._entries[entry].tolist()
+
+# %% ../nbs/02_video_data.ipynb #item-frames
+def _readable(clips, i, start, attempts=100):
+    "The file for place i and its frames; a bad file gives way to others."
     for attempt in range(attempts):
-        if attempt:
-            entry = low + hash_numbers(clips.seed, epoch, i, attempt)[0] % (high - low)
-        f, chunk = (entry, 0) if clips._entries is None else clips._entries[entry].tolist()
+        f, chunk = _entry(clips, i, attempt)
         frames = clips._frames(f, partial(clips._window, seed=start, chunk=chunk))
         if frames is not None:
-            break
-    else:
-        last = printable(clips.paths[f])
-        raise InputError(
-            f"{attempts} clips in a row cannot be read, last {last}; "
-            "look at the data with dera audit"
-        )
+            return f, frames
+    raise InputError(
+        f"{attempts} clips in a row cannot be read, last {printable(clips.paths[f])}; "
+        "look at the data with dera audit"
+    )
+
+# %% ../nbs/02_video_data.ipynb #item-whole
+def _item(clips, i):
+    "Entry i of the present epoch."
+    start, mirror = hash_numbers(clips.seed, clips.epoch, i)
+    f, frames = _readable(clips, i, start)
     video = _channels_first(frames)
     if clips.flip and mirror % 2:
         video = video.flip(-1)
@@ -270,21 +281,64 @@ def _item(clips, i, attempts=100):
         video = as_float(video)
     return dict(video=video, label=clips.labels[f], path=clips.paths[f])
 
-# %% ../nbs/02_video_data.ipynb #refuse-many
-def _refuse_many(clips, most=0.05):
-    "Stop where more than this share of the files is known to be bad."
-    bad, total = clips.bad, len(set(clips._first))
-    if len(bad) <= most * total:
-        return
-    source = clips.source
-    sources = [source] if isinstance(source, (str, Path)) else source
-    specs = [str(spec) for spec in sources if isinstance(spec, (str, Path))]
-    where = " ".join(specs) or os.path.commonpath([Path(p).parent for p in clips.paths])
-    raise InputError(
-        f"{len(bad)} of {total} videos cannot be read "
-        f"({len(bad) / total:.1%}, the first is {printable(bad[0])}); "
-        f"more than {most:.0%} is too many: run dera audit {printable(where)}"
+# %% ../nbs/02_video_data.ipynb #loader
+def loader(
+    clips: Dataset,  # the data; call its `set_epoch` before every epoch
+    batch_size: int,  # clips a batch
+    shuffle: bool = True,  # for training: shuffled, an incomplete last batch left out
+    seed: int = 0,  # of the order
+    num_workers: int = 0,  # processes that decode
+    **options,  # of torch's DataLoader; persistent and pinned (with CUDA) unless told otherwise
+) -> DataLoader:  # yields dicts of batched `video`, `label` and `path`
+    "Batches whose order depends on the seed and the epoch only."
+    check_whole(batch_size=batch_size)
+    if batch_size < 1 or (shuffle and batch_size > len(clips)):
+        raise InputError(
+            f"a batch of {batch_size} cannot be filled from {len(clips)} clips; "
+            f"choose a batch size from 1 to {len(clips)}"
+        )
+    options.setdefault("persistent_workers", num_workers > 0)
+    options["pin_memory"] = options.get("pin_memory", True) and torch.cuda.is_available()
+    return DataLoader(
+        clips,
+        batch_size,
+        sampler=EpochOrder(clips, seed) if shuffle else None,
+        drop_last=shuffle,
+        num_workers=num_workers,
+        **options,
     )
+
+# %% ../nbs/02_video_data.ipynb #open
+def _pocket_clips(name, num_frames, size, split, as_uint8):
+    "`pocket=N`: N clips to learn from, an eighth of that in each other split."
+    number = name.removeprefix("pocket=")
+    if not number.isdecimal() or int(number) < 8:
+        raise InputError(f"{name!r}: write pocket=N with N clips, 8 or more, as in pocket=40000")
+    n = int(number) if split in ("train", None) else int(number) // 8
+    return PocketClips(n, num_frames, size, split, as_uint8=as_uint8)
+
+# %% ../nbs/02_video_data.ipynb #open-clips
+def open_clips(
+    source: str | Path | list | tuple,  # as in `VideoClips`, or `pocket=N`
+    num_frames: int,  # T
+    size: int,  # height and width in pixels
+    split: str
+    | None
+    | tuple = None,  # one split, or several of which the first that exists is taken
+    **options,  # of `VideoClips`
+) -> Dataset | None:  # `VideoClips` or `PocketClips`; None if the data has none of several splits
+    "Clips of files or of the pocket world."
+    splits = split if isinstance(split, (tuple, list)) else (split,)
+    name = source[0] if isinstance(source, list) and len(source) == 1 else source
+    if isinstance(name, str) and name.startswith("pocket="):
+        return _pocket_clips(name, num_frames, size, splits[0], options.get("as_uint8", False))
+    for one in splits:
+        try:
+            return VideoClips(source, num_frames, size, split=one, **options)
+        except NoSplit:
+            if len(splits) == 1:
+                raise
+    return None
 
 # %% ../nbs/02_video_data.ipynb #entries
 def _chunks_of(clips, f):
@@ -326,61 +380,18 @@ def _mixture(clips, shares):
         )
     return MixtureOrder(sizes, [weight for _, weight in shares], clips.seed)
 
-# %% ../nbs/02_video_data.ipynb #loader
-def loader(
-    clips: Dataset,  # the data; call its `set_epoch` before every epoch
-    batch_size: int,  # clips a batch
-    shuffle: bool = True,  # for training: shuffled, an incomplete last batch left out
-    seed: int = 0,  # of the order
-    num_workers: int = 0,  # processes that decode
-    **options,  # of torch's DataLoader; persistent and pinned (with CUDA) unless told otherwise
-) -> DataLoader:  # yields dicts of batched `video`, `label` and `path`
-    "Batches whose order depends on the seed and the epoch only."
-    check_whole(batch_size=batch_size)
-    if batch_size < 1 or (shuffle and batch_size > len(clips)):
-        raise InputError(
-            f"a batch of {batch_size} cannot be filled from {len(clips)} clips; "
-            f"choose a batch size from 1 to {len(clips)}"
-        )
-    options.setdefault("persistent_workers", num_workers > 0)
-    options["pin_memory"] = options.get("pin_memory", True) and torch.cuda.is_available()
-    return DataLoader(
-        clips,
-        batch_size,
-        sampler=EpochOrder(clips, seed) if shuffle else None,
-        drop_last=shuffle,
-        num_workers=num_workers,
-        **options,
+# %% ../nbs/02_video_data.ipynb #refuse-many
+def _refuse_many(clips, most=0.05):
+    "Stop where more than this share of the files is known to be bad."
+    bad, total = clips.bad, len(set(clips._first))
+    if len(bad) <= most * total:
+        return
+    source = clips.source
+    sources = [source] if isinstance(source, (str, Path)) else source
+    specs = [str(spec) for spec in sources if isinstance(spec, (str, Path))]
+    where = " ".join(specs) or os.path.commonpath([Path(p).parent for p in clips.paths])
+    raise InputError(
+        f"{len(bad)} of {total} videos cannot be read "
+        f"({len(bad) / total:.1%}, the first is {printable(bad[0])}); "
+        f"more than {most:.0%} is too many: run dera audit {printable(where)}"
     )
-
-# %% ../nbs/02_video_data.ipynb #open
-def _pocket_clips(name, num_frames, size, split, as_uint8):
-    "`pocket=N`: N clips to learn from, an eighth of that in each other split."
-    number = name.removeprefix("pocket=")
-    if not number.isdecimal() or int(number) < 8:
-        raise InputError(f"{name!r}: write pocket=N with N clips, 8 or more, as in pocket=40000")
-    n = int(number) if split in ("train", None) else int(number) // 8
-    return PocketClips(n, num_frames, size, split, as_uint8=as_uint8)
-
-
-def open_clips(
-    source: str | Path | list | tuple,  # as in `VideoClips`, or `pocket=N`
-    num_frames: int,  # T
-    size: int,  # height and width in pixels
-    split: str
-    | None
-    | tuple = None,  # one split, or several of which the first that exists is taken
-    **options,  # of `VideoClips`
-) -> Dataset | None:  # `VideoClips` or `PocketClips`; None if the data has none of several splits
-    "Clips of files or of the pocket world."
-    splits = split if isinstance(split, (tuple, list)) else (split,)
-    name = source[0] if isinstance(source, list) and len(source) == 1 else source
-    if isinstance(name, str) and name.startswith("pocket="):
-        return _pocket_clips(name, num_frames, size, splits[0], options.get("as_uint8", False))
-    for one in splits:
-        try:
-            return VideoClips(source, num_frames, size, split=one, **options)
-        except NoSplit:
-            if len(splits) == 1:
-                raise
-    return None
